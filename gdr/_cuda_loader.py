@@ -1,8 +1,9 @@
 """Finds, compiles, caches and launches the CUDA kernels.
 
-One source ``cuda/<stem>.cu`` holds one kernel, ``extern "C" __global__ void <stem>(const __grid_constant__ P)``.
-One *specialisation* of it is a set of preprocessor definitions; each is one module, compiled by CuPy (NVRTC) the
-first time it is asked for and kept for the life of the process.  CuPy keeps the binaries on disk as well.
+One source ``cuda/<stem>.cu`` holds one kernel, ``extern "C"`` and named ``<stem>``, whose one argument is a
+struct passed by value (``const __grid_constant__``).  One *specialisation* of it is a set of preprocessor
+definitions; each is one module, compiled by CuPy (NVRTC) the first time it is asked for and kept for the life of the
+process.  CuPy keeps the binaries on disk as well.
 
 Two comments in a source speak to this module (and to the tests that compile without a GPU)::
 
@@ -109,8 +110,8 @@ def compose(source: Source, defines: Mapping[str, Define]) -> str:
     """Compose the text to compile.
 
     CuPy's disk cache is keyed by this text and by the options, not by what headers say: hence their hash.
-    Definitions are lines of the text rather than ``-D`` options, because CuPy runs the compiler once more for every
-    new set of options.
+    Definitions are lines of the text rather than ``-D`` options, because CuPy runs the compiler once more for
+    every new set of options.
     """
     lines = [f"// gdr {source.stem}, headers {source.headers}"]
     lines += [f"#define {name} {_literal(value)}" for name, value in sorted(defines.items())]
@@ -205,8 +206,8 @@ def cuda_status() -> Status:
 class Params(threading.local):
     """A kernel's argument: one C struct, passed by value.  Each thread has its own copy.
 
-    `layout` is a :mod:`struct` format with the types of the C struct in order and native alignment ("QQqif"); what
-    aligns the C struct's end is added.
+    `layout` is a :mod:`struct` format with the types of the C struct in order and native alignment ("QQqif");
+    what aligns the C struct's end is added.
     """
 
     def __init__(self, layout: str) -> None:
@@ -233,7 +234,8 @@ class Kernel:
     function : int
         The driver's handle (``CUfunction``).
     registers, local_bytes, shared_bytes, max_threads : int
-        A thread's registers and local memory (where spills go), a block's static shared memory and most threads.
+        A thread's registers and local memory (spills go there); a block's static shared memory and most
+        threads.
     """
 
     def __init__(self, stem: str, defines: Mapping[str, Define], device: int, raw_kernel: Any) -> None:
@@ -262,7 +264,7 @@ class Kernel:
         stream: int,
         shared: int = 0,
     ) -> None:
-        """Launch on a stream (its handle) of the kernel's device, with `shared` bytes of dynamic shared memory."""
+        """Launch on a stream (a handle) of the kernel's device; `shared` is dynamic shared memory in bytes."""
         if 0 in grid:
             return
         if shared > self._dynamic_shared:
@@ -370,8 +372,8 @@ def _compile_message(stem: str, defines: Mapping[str, Define], flags: tuple[str,
 def _capture_tolerated() -> Iterator[None]:
     """Let this thread load a module while a stream is being captured into a CUDA graph.
 
-    Loading allocates, which a capture in the default ("global") mode forbids to every thread, though nothing of
-    it belongs into the graph.
+    Loading allocates, which a capture in the default ("global") mode forbids to every thread, though nothing
+    of it belongs into the graph.
     """
     mode = ctypes.c_int(2)  # CU_STREAM_CAPTURE_MODE_RELAXED
     try:
