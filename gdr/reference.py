@@ -1,17 +1,19 @@
 """The gated delta rule in float64, written to be read.
 
-Each operation of the package has its oracle here, under the same name: loops over sequences, heads and tokens, one
-formula a line, every intermediate in float64.  Nothing here is fast, and nothing is shared with the code that is.
+Each operation of the package has its oracle here, under the same name: loops over sequences, heads and
+tokens, one formula a line, every intermediate in float64.  Nothing here is fast, and nothing is shared with
+the code that is.
 
-NumPy arrays of any dtype go in, new float64 arrays come out, and no argument is modified.  The first three oracles
-are the recurrence itself, token by token; `chunk_gated_delta_rule` is the WY form, which reaches the same numbers by
-another derivation (Yang et al. 2024, arXiv:2412.06464).
+NumPy arrays of any dtype go in, new float64 arrays come out, and no argument is modified.  The first three
+oracles are the recurrence itself, token by token; `chunk_gated_delta_rule` is the WY form, which reaches the
+same numbers by another derivation (Yang et al. 2024, arXiv:2412.06464).
 
 Rows of a batch follow these rules.
 
-* Sequence ``n`` reads the state ``initial_slots[n]`` and writes the state ``final_slots[n]``.  Every row reads the pool
-  as it was before the call.
-* A row with a negative slot on either side is padding: nothing is read or written, and its outputs are exactly 0.
+* Sequence ``n`` reads the state ``initial_slots[n]`` and writes the state ``final_slots[n]``.  Every row
+  reads the pool as it was before the call.
+* A row with a negative slot on either side is padding: nothing is read or written, and its outputs are
+  exactly 0.
 * A sequence without tokens leaves the state as it is: its final state is its initial state.
 * Tokens that belong to no sequence have the output 0.
 """
@@ -19,6 +21,7 @@ Rows of a batch follow these rules.
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -48,7 +51,7 @@ def softplus(x: Array, beta: float = 1.0, threshold: float = 20.0) -> Array:
 
 
 def l2norm(x: Array) -> Array:
-    """x over its Euclidean norm along the last axis, with 1e-6 under the square root."""
+    """Divide x by its Euclidean norm along the last axis, with 1e-6 under the square root."""
     return x / np.sqrt((x * x).sum(axis=-1, keepdims=True) + L2_EPS)
 
 
@@ -153,7 +156,18 @@ def fused_sigmoid_gating_delta_rule_update(
     initial_slots = _slots(initial_state_indices, len(spans))
     final_slots = initial_slots if output_state_indices is None else _slots(output_state_indices, len(spans))
     o, states = _rows(
-        _recurrent_head, q, k, v, g, beta, scale, use_qk_l2norm_in_kernel, spans, pool, initial_slots, final_slots
+        _recurrent_head,
+        q,
+        k,
+        v,
+        g,
+        beta,
+        scale,
+        use_qk_l2norm_in_kernel,
+        spans,
+        pool,
+        initial_slots,
+        final_slots,
     )
     if pool is None:
         return o, None
@@ -234,7 +248,8 @@ def chunk_gated_delta_rule(
 
     Parameters
     ----------
-    q, k, v, g, beta, scale, initial_state, output_final_state, use_qk_l2norm_in_kernel, cu_seqlens, state_layout
+    q, k, v, g, beta, scale, initial_state, output_final_state, use_qk_l2norm_in_kernel, cu_seqlens,
+    state_layout
         As in `fused_recurrent_gated_delta_rule`.
     chunk_size : int
         Tokens a chunk.  The result depends on it by rounding alone.
@@ -273,8 +288,8 @@ def _recurrent_head(q: Array, k: Array, v: Array, g: Array, beta: Array, h: Arra
 def _chunk_head(q: Array, k: Array, v: Array, g: Array, beta: Array, h: Array) -> tuple[Array, Array]:
     """Run one head over one chunk at once.
 
-    With ``d_i`` the decay from the chunk's start through token i, and ``D_ij`` the decay from after token j through
-    token i, the writes of all tokens solve one unit lower triangular system::
+    With ``d_i`` the decay from the chunk's start through token i, and ``D_ij`` the decay from after token j
+    through token i, the writes of all tokens solve one unit lower triangular system::
 
         u_i = beta_i (v_i - d_i h^T k_i - sum_{j < i} D_ij (k_i . k_j) u_j)
     """
@@ -306,7 +321,7 @@ def _given(
     cu_seqlens: Any,
     state_layout: str,
 ) -> tuple[Array, Array | None]:
-    """Run a call with given gates: sequence n starts from row n of initial_state and ends in row n of the result."""
+    """Run a call with given gates; sequence n has row n of the initial and of the final states."""
     q, k, v, g, beta = (_float64(x) for x in (q, k, v, g, beta))
     spans = _spans(v, cu_seqlens)
     initial = None if initial_state is None else _to_kv(_float64(initial_state), state_layout)
@@ -367,7 +382,7 @@ def _spans(v: Array, cu_seqlens: Any) -> list[tuple[int, int, int]]:
     if cu_seqlens is None:
         return [(i, 0, T) for i in range(B)]
     bounds = [int(x) for x in np.asarray(cu_seqlens)]
-    return [(0, bos, eos) for bos, eos in zip(bounds[:-1], bounds[1:], strict=True)]
+    return [(0, bos, eos) for bos, eos in pairwise(bounds)]
 
 
 def _slots(indices: Any, N: int) -> list[int]:
