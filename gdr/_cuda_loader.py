@@ -2,8 +2,8 @@
 
 One source ``cuda/<stem>.cu`` holds one kernel, ``extern "C"`` and named ``<stem>``, whose one argument is a
 struct passed by value (``const __grid_constant__``).  One *specialisation* of it is a set of preprocessor
-definitions; each is one module, compiled by CuPy (NVRTC) the first time it is asked for and kept for the life of the
-process.  CuPy keeps the binaries on disk as well.
+definitions; each is one module, compiled by CuPy (NVRTC) the first time it is asked for and kept for the life
+of the process.  CuPy keeps the binaries on disk as well.
 
 Two comments in a source speak to this module (and to the tests that compile without a GPU)::
 
@@ -264,7 +264,7 @@ class Kernel:
         stream: int,
         shared: int = 0,
     ) -> None:
-        """Launch on a stream (a handle) of the kernel's device; `shared` is dynamic shared memory in bytes."""
+        """Launch on a stream (handle) of the kernel's device with `shared` bytes of dynamic shared memory."""
         if 0 in grid:
             return
         if shared > self._dynamic_shared:

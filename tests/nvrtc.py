@@ -1,6 +1,6 @@
-"""Compiles the CUDA sources with no GPU, with the options that CuPy uses, and reports what ptxas made of them.
+"""Compiles the CUDA sources with no GPU, as CuPy would, and reports what ptxas made of them.
 
-python tests/nvrtc.py fused_recurrent --arch 75 90 K=128 V=128
+python tests/nvrtc.py fused_recurrent --arch 75 90 -D K=128 -D V=128
 """
 
 from __future__ import annotations
@@ -119,8 +119,8 @@ def report(compiled: Iterable[Compiled]) -> str:
     for c in compiled:
         defines = " ".join(f"{name}={value}" for name, value in c.defines.items())
         lines.append(
-            f"{c.stem:24s} sm_{c.arch:<4d}{c.registers:4d} registers {c.spills:5d} B spilled {c.shared:6d} B shared"
-            f" {c.params:4d} B arguments {c.seconds:5.2f} s  {defines}"
+            f"{c.stem:24s} sm_{c.arch:<4d}{c.registers:4d} registers {c.spills:5d} B spilled "
+            f"{c.shared:6d} B shared {c.params:4d} B arguments {c.seconds:5.2f} s  {defines}"
         )
     return "\n".join(lines)
 
@@ -133,7 +133,7 @@ def main() -> None:
     parser.add_argument("--arch", type=int, nargs="+", default=[90])
     parser.add_argument("--sources", type=Path, help="another directory of sources")
     parser.add_argument("--log", action="store_true", help="print NVRTC's log as well")
-    parser.add_argument("defines", nargs="*", metavar="NAME=VALUE")
+    parser.add_argument("-D", dest="defines", action="append", default=[], metavar="NAME=VALUE")
     arguments = parser.parse_args()
     defines = dict(define.split("=", 1) for define in arguments.defines)
     for arch in arguments.arch:
