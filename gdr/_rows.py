@@ -1,0 +1,60 @@
+"""The sequences of a call on the host, as plain integers."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+
+from gdr._inputs import Call
+
+
+class Row(NamedTuple):
+    """One sequence: tokens ``[bos, eos)`` of batch row `batch`, and the state rows it reads and writes."""
+
+    batch: int
+    bos: int
+    eos: int
+    read: int
+    write: int
+
+    @property
+    def length(self) -> int:
+        return self.eos - self.bos
+
+
+def live_rows(call: Call) -> list[Row]:
+    """The sequences that have tokens to compute, in order.
+
+    The others are settled here: the outputs of padding are set to 0, and the state of a sequence without
+    tokens is handed on where it is read and written in different places.
+    """
+    spec = call.spec
+    N = spec.N
+    every = range(N)
+    read = every if call.initial_slots is None else call.initial_slots.tolist()
+    write = read if call.final_slots is None and call.final_state is None else every
+    if call.final_slots is not None:
+        write = read if call.final_slots is call.initial_slots else call.final_slots.tolist()
+    if call.cu_seqlens is None:
+        rows = [Row(n, 0, spec.T, read[n], write[n]) for n in every]
+    else:
+        bounds = call.cu_seqlens.tolist()
+        rows = [Row(0, bounds[n], bounds[n + 1], read[n], write[n]) for n in every]
+
+    live = []
+    for row in rows:
+        if row.read < 0 or row.write < 0:
+            call.out[row.batch, row.bos : row.eos] = 0
+        elif row.bos == row.eos:
+            _hand_on(call, row)
+        else:
+            live.append(row)
+    return live
+
+
+def _hand_on(call: Call, row: Row) -> None:
+    if call.final_state is None or (call.final_state is call.initial_state and row.read == row.write):
+        return
+    with np.errstate(all="ignore"):
+        call.final_state[row.write] = 0 if call.initial_state is None else call.initial_state[row.read]
