@@ -1,0 +1,265 @@
+"""Array libraries: what a call has to know of NumPy, CuPy, torch and JAX arrays.
+
+Nothing here imports a library that the caller has not imported: an array's own type says which one it belongs to.
+Kernels run on *native* arrays: NumPy on the host, CuPy or torch on a CUDA device.  Everything else (torch on the host,
+JAX) is adopted as a zero-copy view of one of those, and results are handed back in the caller's kind.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Any, NamedTuple
+
+import numpy as np
+
+FLOATS = ("float32", "float16", "bfloat16", "float64")
+INTEGERS = ("int32", "int64")
+
+
+class Meta(NamedTuple):
+    """What is known of an array without reading it; strides count elements, ``device`` is "cpu" or a CUDA ordinal."""
+
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    dtype: str
+    device: str | int
+
+
+def numpy_dtype(name: str) -> np.dtype:
+    """The NumPy dtype called `name`; bfloat16 is ml_dtypes'."""
+    if name == "bfloat16":
+        import ml_dtypes
+
+        return np.dtype(ml_dtypes.bfloat16)
+    return np.dtype(name)
+
+
+class NumpyArrays:
+    """NumPy arrays: the host's native kind."""
+
+    name = "numpy"
+
+    def signature(self, x: Any) -> tuple:
+        return x.shape, x.strides, x.dtype
+
+    def meta(self, x: Any) -> Meta:
+        size = x.itemsize or 1
+        return Meta(x.shape, tuple(s // size for s in x.strides), x.dtype.name, "cpu")
+
+    def adopt(self, x: Any) -> Any:
+        return x
+
+    def release(self, x: Any) -> Any:
+        return x
+
+    def pointer(self, x: Any) -> int:
+        return x.ctypes.data
+
+    def empty(self, shape: tuple[int, ...], dtype: str, device: str | int) -> Any:
+        return np.empty(shape, numpy_dtype(dtype))
+
+    def writable(self, x: Any) -> bool:
+        return bool(x.flags.writeable)
+
+
+class CupyArrays:
+    """CuPy arrays: a CUDA device's native kind."""
+
+    name = "cupy"
+
+    def __init__(self) -> None:
+        self._cupy = sys.modules["cupy"]
+
+    def signature(self, x: Any) -> tuple:
+        return x.shape, x.strides, x.dtype, x.data.device_id
+
+    def meta(self, x: Any) -> Meta:
+        size = x.itemsize or 1
+        return Meta(x.shape, tuple(s // size for s in x.strides), x.dtype.name, x.data.device_id)
+
+    def adopt(self, x: Any) -> Any:
+        return x
+
+    def release(self, x: Any) -> Any:
+        return x
+
+    def pointer(self, x: Any) -> int:
+        return x.data.ptr
+
+    def empty(self, shape: tuple[int, ...], dtype: str, device: str | int) -> Any:
+        with self._cupy.cuda.Device(device):
+            return self._cupy.empty(shape, numpy_dtype(dtype))
+
+    def writable(self, x: Any) -> bool:
+        return True
+
+    def stream(self, device: int) -> int:
+        # CuPy keeps a current stream per thread *and* device.
+        return self._cupy.cuda.get_current_stream(device).ptr
+
+    def to_host(self, x: Any) -> np.ndarray:
+        return self._cupy.asnumpy(x)
+
+
+class TorchArrays:
+    """torch tensors: native on CUDA, adopted as NumPy views on the host."""
+
+    name = "torch"
+
+    def __init__(self) -> None:
+        torch = sys.modules["torch"]
+        self._torch = torch
+        names = (*FLOATS, *INTEGERS)
+        self._dtype_names = {getattr(torch, name): name for name in names}
+        self._current_stream = getattr(torch._C, "_cuda_getCurrentRawStream", None)
+
+    def signature(self, x: Any) -> tuple:
+        if x.requires_grad and self._torch.is_grad_enabled():
+            raise TypeError(
+                "gdr has no autograd: an argument is a torch tensor that requires grad; "
+                "call under torch.no_grad() or detach it"
+            )
+        return x.shape, x.stride(), x.dtype, x.get_device()
+
+    def meta(self, x: Any) -> Meta:
+        if x.layout is not self._torch.strided:
+            raise TypeError(f"expected a dense (strided) torch tensor, got layout {x.layout}")
+        if x.device.type not in ("cpu", "cuda"):
+            raise TypeError(f"expected a torch tensor on the CPU or a CUDA device, got device {x.device}")
+        dtype = self._dtype_names.get(x.dtype, str(x.dtype).removeprefix("torch."))
+        return Meta(tuple(x.shape), x.stride(), dtype, "cpu" if x.get_device() < 0 else x.get_device())
+
+    def adopt(self, x: Any) -> Any:
+        if x.get_device() >= 0:
+            return x
+        x = x.detach()
+        if x.dtype is self._torch.bfloat16:
+            return x.view(self._torch.int16).numpy().view(numpy_dtype("bfloat16"))
+        return x.numpy()
+
+    def release(self, x: Any) -> Any:
+        if isinstance(x, self._torch.Tensor):
+            return x
+        if x.dtype.name == "bfloat16":
+            return self._torch.from_numpy(x.view(np.int16)).view(self._torch.bfloat16)
+        return self._torch.from_numpy(x)
+
+    def pointer(self, x: Any) -> int:
+        return x.data_ptr()
+
+    def empty(self, shape: tuple[int, ...], dtype: str, device: str | int) -> Any:
+        if device == "cpu":
+            return np.empty(shape, numpy_dtype(dtype))
+        return self._torch.empty(shape, dtype=getattr(self._torch, dtype), device=f"cuda:{device}")
+
+    def writable(self, x: Any) -> bool:
+        return True
+
+    def stream(self, device: int) -> int:
+        if self._current_stream is not None:
+            return self._current_stream(device)  # 0.1 us against 5 us for torch.cuda.current_stream
+        return self._torch.cuda.current_stream(device).cuda_stream
+
+    def to_host(self, x: Any) -> np.ndarray:
+        return x.cpu().numpy()
+
+
+class JaxArrays:
+    """JAX arrays: immutable, adopted as NumPy views on the host and through DLPack as CuPy arrays on CUDA."""
+
+    name = "jax"
+
+    def signature(self, x: Any) -> tuple:
+        return x.shape, x.dtype, x.sharding
+
+    def meta(self, x: Any) -> Meta:
+        devices = x.devices()
+        if len(devices) != 1:
+            raise TypeError(f"expected a JAX array on one device, got one over {len(devices)} devices")
+        (device,) = devices
+        if device.platform not in ("cpu", "gpu", "cuda"):
+            raise TypeError(f"expected a JAX array on the CPU or a CUDA device, got platform {device.platform!r}")
+        strides, step = [], 1
+        for extent in reversed(x.shape):
+            strides.append(step)
+            step *= extent
+        on_cpu = device.platform == "cpu"
+        return Meta(
+            tuple(x.shape),
+            tuple(reversed(strides)),
+            x.dtype.name,
+            "cpu" if on_cpu else device.local_hardware_id,
+        )
+
+    def adopt(self, x: Any) -> Any:
+        if next(iter(x.devices())).platform == "cpu":
+            return np.asarray(x)
+        import cupy
+
+        return cupy.from_dlpack(x)  # DLPack orders JAX's stream before the current one
+
+    def release(self, x: Any) -> Any:
+        import jax
+
+        if not isinstance(x, np.ndarray):
+            return jax.dlpack.from_dlpack(x)
+        if x.dtype.name == "bfloat16":
+            # NumPy's DLPack export knows no bfloat16: the same bytes pass as uint16.
+            bits = jax.dlpack.from_dlpack(x.view(np.uint16))
+            return jax.lax.bitcast_convert_type(bits, "bfloat16")
+        return jax.dlpack.from_dlpack(x)
+
+    def pointer(self, x: Any) -> int:
+        return x.unsafe_buffer_pointer()
+
+    def empty(self, shape: tuple[int, ...], dtype: str, device: str | int) -> Any:
+        if device == "cpu":
+            return np.empty(shape, numpy_dtype(dtype))
+        return _library("cupy").empty(shape, dtype, device)
+
+    def writable(self, x: Any) -> bool:
+        return False
+
+    def stream(self, device: int) -> int:
+        return _library("cupy").stream(device)
+
+    def to_host(self, x: Any) -> np.ndarray:
+        return np.asarray(x)
+
+
+_KINDS = {
+    "numpy": NumpyArrays,
+    "cupy": CupyArrays,
+    "torch": TorchArrays,
+    "jax": JaxArrays,
+    "jaxlib": JaxArrays,
+}
+_made: dict[str, Any] = {}
+_by_type: dict[type, Any] = {}
+
+
+def _library(name: str) -> Any:
+    if name not in _made:
+        __import__(name)
+        _made[name] = _KINDS[name]()
+    return _made[name]
+
+
+def library_of(x: Any) -> Any | None:
+    """The array library `x` belongs to, or None when it is no array that gdr takes."""
+    kind = type(x)
+    found = _by_type.get(kind)
+    if found is None:
+        root = "numpy" if isinstance(x, np.ndarray) else kind.__module__.partition(".")[0]
+        if root not in _KINDS or not hasattr(x, "shape") or isinstance(x, np.generic):
+            return None
+        name = "jax" if root == "jaxlib" else root
+        if name not in _made:
+            _made[name] = _KINDS[name]()
+        found = _by_type[kind] = _made[name]
+    return found
+
+
+def pointer(x: Any) -> int:
+    """Address of the first element of a native array."""
+    return _by_type[type(x)].pointer(x)

@@ -1,0 +1,571 @@
+"""The one place where a call is checked, normalised and described.
+
+`prepare` turns the arguments of any operation into a `Call`: a `Spec`, made from metadata alone and cached by the
+signature of the arguments, and the operands themselves.  A backend gets the `Call` and needs to check nothing.
+"""
+
+from __future__ import annotations
+
+import math
+import numbers
+from dataclasses import dataclass, field
+from typing import Any, NoReturn
+
+import numpy as np
+
+from gdr import _arrays
+from gdr._arrays import FLOATS, INTEGERS, Meta
+
+MAX_HEAD_DIM = 256
+DEVICE_FLOATS = ("float32", "float16", "bfloat16")
+LAYOUTS = ("kv", "vk")
+
+# Operands in the order in which they enter a signature.
+OPERANDS = (
+    "q",
+    "k",
+    "v",
+    "out",
+    "A_log",
+    "dt_bias",
+    "a",
+    "b",
+    "g",
+    "beta",
+    "initial_state",
+    "initial_slots",
+    "final_state",
+    "final_slots",
+    "cu_seqlens",
+)
+
+REQUIRED = ("q", "k", "v", "A_log", "dt_bias", "a", "b", "g", "beta")
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Spec:
+    """What a call is, from metadata alone; made once a signature.
+
+    `strides` count elements.  `plan` is the backend's own: whatever it derives from the rest.
+    """
+
+    op: str
+    device: str | int
+    B: int
+    T: int
+    N: int
+    H: int
+    HV: int
+    K: int
+    V: int
+    dtype: str
+    compute: str
+    gates: str
+    l2norm: bool
+    varlen: bool
+    layout: str
+    initial_dtype: str | None
+    final_dtype: str | None
+    dtypes: dict[str, str]
+    shapes: dict[str, tuple[int, ...]]
+    strides: dict[str, tuple[int, ...]]
+    plan: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(slots=True, eq=False)
+class Call:
+    """One checked call: its `Spec`, its scalars and its operands (native arrays of one device).
+
+    Shapes: q, k ``[B, T, H, K]``; v, out ``[B, T, HV, V]``; a, b, g, beta ``[B, T, HV]``; A_log, dt_bias ``[HV]``;
+    states ``[slots, HV, K, V]`` or ``[slots, HV, V, K]``; slots ``[N]``; cu_seqlens ``[N + 1]``.
+    Sequence n reads row ``initial_slots[n]`` of `initial_state` and writes row ``final_slots[n]`` of `final_state`
+    (row n where the slots are None).  A row with a negative slot is padding.
+    """
+
+    spec: Spec
+    scale: float
+    softplus_beta: float
+    softplus_threshold: float
+    library: Any
+    chunk_size: int = 64
+    batch_invariant: bool = False
+    q: Any = None
+    k: Any = None
+    v: Any = None
+    out: Any = None
+    A_log: Any = None
+    dt_bias: Any = None
+    a: Any = None
+    b: Any = None
+    g: Any = None
+    beta: Any = None
+    initial_state: Any = None
+    initial_slots: Any = None
+    final_state: Any = None
+    final_slots: Any = None
+    cu_seqlens: Any = None
+
+    @property
+    def stream(self) -> int:
+        """Handle of the caller's current CUDA stream on the call's device."""
+        return self.library.stream(self.spec.device)
+
+
+_specs: dict[tuple, Spec] = {}
+_MAX_SPECS = 4096
+
+
+def prepare(
+    op: str,
+    operands: dict[str, Any],
+    *,
+    names: dict[str, str] | None = None,
+    scale: float | None = None,
+    l2norm: bool = False,
+    layout: str = "kv",
+    softplus_beta: float = 1.0,
+    softplus_threshold: float = 20.0,
+    chunk_size: int = 64,
+    batch_invariant: bool = False,
+    output_final_state: bool = False,
+    check: bool | None = None,
+) -> Call:
+    """Check a call and describe it; see the module's docstring.
+
+    Parameters
+    ----------
+    op : {"fused_recurrent", "chunk", "gate"}
+    operands : dict
+        The arrays of the call by the names in `OPERANDS`; those that are missing or None are absent.
+    names : dict, optional
+        What the caller calls an operand where that differs, for error messages.
+    output_final_state : bool
+        Allocate `final_state` for N sequences (float32, or float64 where the arithmetic is).
+    check : bool, optional
+        Check the values of slots and cu_seqlens.  None: on the host, not on a device, where it must synchronise.
+    """
+    names = names or {}
+    if l2norm is not True and l2norm is not False:
+        check_flag(names.get("l2norm", "use_qk_l2norm_in_kernel"), l2norm)
+    if not isinstance(layout, str) or layout not in LAYOUTS:
+        raise ValueError(f"{names.get('layout', 'state_layout')}: expected 'kv' or 'vk', got {layout!r}")
+    arrays = [operands.get(name) for name in OPERANDS]
+    key: tuple = (op, l2norm, layout, output_final_state)
+    for x in arrays:
+        if x is None:
+            key += (None,)
+        else:
+            library = _arrays.library_of(x)
+            if library is None:
+                _refuse(operands, names, x)
+            key += (type(x), library.signature(x))
+    spec = _specs.get(key)
+    if spec is None:
+        spec = _describe(op, operands, names, l2norm, layout, output_final_state)
+        if len(_specs) >= _MAX_SPECS:
+            _specs.clear()
+        _specs[key] = spec
+
+    call = Call(
+        spec,
+        spec.K**-0.5 if scale is None else number("scale", scale),
+        positive("softplus_beta", softplus_beta),
+        number("softplus_threshold", softplus_threshold),
+        _arrays.library_of(operands["a" if op == "gate" else "v"]),
+        chunk_size,
+        batch_invariant,
+        *arrays,
+    )
+    if op == "chunk":
+        check_whole_number("chunk_size", chunk_size)
+        check_flag("batch_invariant", batch_invariant)
+    for name in ("out", "final_state"):
+        x = operands.get(name)
+        if x is not None and not _arrays.library_of(x).writable(x):  # type: ignore[union-attr]
+            raise ValueError(f"{names.get(name, name)}: is written in place, and this {type(x).__name__} is read-only")
+    if spec.device == "cpu":
+        _adopt_host(call, operands, names)
+    elif call.library.name == "jax" or any(type(x).__module__.startswith("jax") for x in arrays if x is not None):
+        for name, x in zip(OPERANDS, arrays, strict=True):
+            if x is not None:
+                setattr(call, name, _arrays.library_of(x).adopt(x))
+    if op == "gate":
+        shape = spec.shapes["a"]
+        call.g = call.library.empty(shape, spec.compute, spec.device)
+        call.beta = call.library.empty(shape, spec.compute, spec.device)
+        return call
+    if check if check is not None else spec.device == "cpu":
+        _check_values(call, names)
+    if call.out is None:
+        call.out = call.library.empty(spec.shapes["out"], spec.dtype, spec.device)
+    if output_final_state:
+        call.final_state = call.library.empty(spec.shapes["final_state"], spec.final_dtype, spec.device)
+    return call
+
+
+def _refuse(operands: dict[str, Any], names: dict[str, str], x: Any) -> NoReturn:
+    name = next(n for n, value in operands.items() if value is x)
+    raise TypeError(f"{names.get(name, name)}: expected a NumPy, CuPy, torch or JAX array, got {type(x).__name__}")
+
+
+def _describe(
+    op: str,
+    operands: dict[str, Any],
+    names: dict[str, str],
+    l2norm: bool,
+    layout: str,
+    output_final_state: bool,
+) -> Spec:
+    for name in REQUIRED:
+        if name in operands and operands[name] is None:
+            raise TypeError(f"{names.get(name, name)}: expected an array, got None")
+    meta = {name: _meta(names.get(name, name), operands[name]) for name in OPERANDS if operands.get(name) is not None}
+    said = {name: names.get(name, name) for name in OPERANDS}
+    device = _one_device(meta, said)
+    if op == "gate":
+        return _describe_gate(meta, said, device)
+
+    floats = FLOATS if device == "cpu" else DEVICE_FLOATS
+    for name, axes in (("q", "[B, T, H, K]"), ("k", "[B, T, H, K]"), ("v", "[B, T, HV, V]")):
+        if len(meta[name].shape) != 4:
+            raise ValueError(f"{said[name]}: expected shape {axes}, got {meta[name].shape}")
+    B, T, H, K = meta["q"].shape
+    HV, V = meta["v"].shape[2:]
+    _shape(said["k"], meta["k"], (B, T, H, K), "q's shape [B, T, H, K]")
+    _shape(said["v"], meta["v"], (B, T, HV, V), "[B, T, HV, V] with q's B and T")
+    if H < 1 or HV < 1 or HV % H:
+        raise ValueError(
+            f"{said['v']}: expected a number of value heads HV that is a multiple of q's H = {H}, got HV = {HV}"
+        )
+    for name, what, extent in (("q", "K", K), ("v", "V", V)):
+        if not 1 <= extent <= MAX_HEAD_DIM:
+            raise ValueError(f"{said[name]}: expected a head dimension {what} from 1 to {MAX_HEAD_DIM}, got {extent}")
+    dtype = _dtype(said["q"], meta["q"], floats)
+    for name in ("k", "v", "out"):
+        if name in meta and meta[name].dtype != dtype:
+            raise TypeError(f"{said[name]}: expected q's dtype {dtype}, got {meta[name].dtype}")
+    if "out" in meta:
+        _shape(said["out"], meta["out"], (B, T, HV, V), "v's shape [B, T, HV, V]")
+        _disjoint(said["out"], meta["out"])
+
+    gates = "raw" if "A_log" in meta else "given"
+    for name in ("a", "b") if gates == "raw" else ("g", "beta"):
+        _dtype(said[name], meta[name], floats)
+        meta[name] = _per_token(said[name], meta[name], B, T, HV)
+    if gates == "raw":
+        for name in ("A_log", "dt_bias"):
+            _dtype(said[name], meta[name], floats)
+            _shape(said[name], meta[name], (HV,), "[HV]")
+
+    N = B
+    if "cu_seqlens" in meta:
+        N = _indices(said["cu_seqlens"], meta["cu_seqlens"], device) - 1
+        if N < 0:
+            raise ValueError(f"{said['cu_seqlens']}: expected shape [N + 1], got {meta['cu_seqlens'].shape}")
+        if B != 1:
+            raise ValueError(f"{said['cu_seqlens']}: packed sequences need B == 1 in q, k and v, got B = {B}")
+
+    state_shape = (HV, K, V) if layout == "kv" else (HV, V, K)
+    axes = "[slots, HV, K, V]" if layout == "kv" else "[slots, HV, V, K]"
+    for name, slots in (("initial_state", "initial_slots"), ("final_state", "final_slots")):
+        if name not in meta:
+            if slots in meta and not ("initial_state" in meta and slots == "final_slots"):
+                raise ValueError(f"{said[slots]}: given without {said[name]}")
+            continue
+        _dtype(said[name], meta[name], floats)
+        if len(meta[name].shape) != 4 or meta[name].shape[1:] != state_shape:
+            raise ValueError(
+                f"{said[name]}: expected shape {axes} = [*, {', '.join(map(str, state_shape))}] "
+                f"for layout {layout!r}, got {meta[name].shape}"
+            )
+        if slots in meta:
+            if _indices(said[slots], meta[slots], device) != N:
+                raise ValueError(f"{said[slots]}: expected shape [N] = [{N}], got {meta[slots].shape}")
+        elif meta[name].shape[0] != N:
+            raise ValueError(
+                f"{said[name]}: expected one state for each of the N = {N} sequences, got {meta[name].shape[0]}"
+            )
+    if "final_state" in meta:
+        _disjoint(said["final_state"], meta["final_state"])
+
+    compute = (
+        "float64" if "float64" in (dtype, *(meta[n].dtype for n in ("initial_state",) if n in meta)) else "float32"
+    )
+    if output_final_state:
+        meta["final_state"] = _contiguous((N, *state_shape), compute, device)
+    if "out" not in meta:
+        meta["out"] = _contiguous((B, T, HV, V), dtype, device)
+    if device != "cpu":
+        for name in ("q", "k", "v", "out", "initial_state", "final_state"):
+            if name in meta and meta[name].shape[-1] > 1 and meta[name].strides[-1] != 1:
+                raise ValueError(
+                    f"{said[name]}: expected a last axis of stride 1 on a CUDA device, "
+                    f"got strides {meta[name].strides} (in elements)"
+                )
+    return Spec(
+        op=op,
+        device=device,
+        B=B,
+        T=T,
+        N=N,
+        H=H,
+        HV=HV,
+        K=K,
+        V=V,
+        dtype=dtype,
+        compute=compute,
+        gates=gates,
+        l2norm=bool(l2norm),
+        varlen="cu_seqlens" in meta,
+        layout=layout,
+        initial_dtype=meta["initial_state"].dtype if "initial_state" in meta else None,
+        final_dtype=meta["final_state"].dtype if "final_state" in meta else None,
+        dtypes={name: m.dtype for name, m in meta.items()},
+        shapes={name: m.shape for name, m in meta.items()},
+        strides={name: m.strides for name, m in meta.items()},
+    )
+
+
+def _describe_gate(meta: dict[str, Meta], said: dict[str, str], device: str | int) -> Spec:
+    floats = FLOATS if device == "cpu" else DEVICE_FLOATS
+    for name in ("A_log", "dt_bias", "a", "b"):
+        _dtype(said[name], meta[name], floats)
+    shape = meta["a"].shape
+    if len(shape) not in (2, 3):
+        raise ValueError(f"{said['a']}: expected shape [B, T, HV] or [tokens, HV], got {shape}")
+    B, T, HV = (1, *shape) if len(shape) == 2 else shape
+    _shape(said["b"], meta["b"], shape, "a's shape")
+    for name in ("A_log", "dt_bias"):
+        _shape(said[name], meta[name], (HV,), "[HV]")
+    compute = "float64" if "float64" in (meta["a"].dtype, meta["b"].dtype) else "float32"
+    strides = {name: m.strides for name, m in meta.items()}
+    for name in ("a", "b"):
+        strides[name] = _per_token(said[name], meta[name], B, T, HV).strides
+    return Spec(
+        op="gate",
+        device=device,
+        B=B,
+        T=T,
+        N=B,
+        H=HV,
+        HV=HV,
+        K=1,
+        V=1,
+        dtype=meta["a"].dtype,
+        compute=compute,
+        gates="raw",
+        l2norm=False,
+        varlen=False,
+        layout="kv",
+        initial_dtype=None,
+        final_dtype=None,
+        dtypes={name: m.dtype for name, m in meta.items()},
+        shapes={name: m.shape for name, m in meta.items()},
+        strides=strides,
+    )
+
+
+def _meta(name: str, x: Any) -> Meta:
+    try:
+        return _arrays.library_of(x).meta(x)  # type: ignore[union-attr]
+    except TypeError as error:
+        raise TypeError(f"{name}: {error}") from None
+
+
+def _one_device(meta: dict[str, Meta], said: dict[str, str]) -> str | int:
+    first, device = next((name, m.device) for name, m in meta.items())
+    for name, m in meta.items():
+        if m.device != device:
+            raise TypeError(
+                f"{said[name]}: expected an array on the same device as {said[first]} "
+                f"({_place(device)}), got one on {_place(m.device)}; nothing is copied between devices silently"
+            )
+    return device
+
+
+def _place(device: str | int) -> str:
+    return "the host" if device == "cpu" else f"CUDA device {device}"
+
+
+def _shape(name: str, meta: Meta, want: tuple[int, ...], words: str) -> None:
+    if meta.shape != want:
+        raise ValueError(f"{name}: expected {words} = {list(want)}, got {list(meta.shape)}")
+
+
+def _dtype(name: str, meta: Meta, allowed: tuple[str, ...]) -> str:
+    if meta.dtype not in allowed:
+        raise TypeError(f"{name}: expected dtype {', '.join(allowed)} on {_place(meta.device)}, got {meta.dtype}")
+    return meta.dtype
+
+
+def _per_token(name: str, meta: Meta, B: int, T: int, HV: int) -> Meta:
+    """`meta` of a [B, T, HV] operand; [B * T, HV], which SGLang's callers pass, is the same memory read as 3-D."""
+    if meta.shape == (B, T, HV):
+        return meta
+    if meta.shape == (B * T, HV):
+        token, head = meta.strides
+        return meta._replace(shape=(B, T, HV), strides=(T * token, token, head))
+    raise ValueError(f"{name}: expected shape [B, T, HV] = {[B, T, HV]}, got {list(meta.shape)}")
+
+
+def _indices(name: str, meta: Meta, device: str | int) -> int:
+    if meta.dtype not in INTEGERS:
+        raise TypeError(f"{name}: expected dtype int32 or int64, got {meta.dtype}")
+    if len(meta.shape) != 1:
+        raise ValueError(f"{name}: expected one axis, got shape {list(meta.shape)}")
+    if device != "cpu" and meta.shape[0] > 1 and meta.strides[0] != 1:
+        raise ValueError(f"{name}: expected a contiguous array on a CUDA device, got stride {meta.strides[0]}")
+    return meta.shape[0]
+
+
+def _disjoint(name: str, meta: Meta) -> None:
+    """Refuse to write an array whose elements overlap one another."""
+    reach = 1
+    for stride, extent in sorted((abs(s), n) for s, n in zip(meta.strides, meta.shape, strict=True) if n > 1):
+        if stride < reach:
+            raise ValueError(f"{name}: is written, so its elements must not overlap; got strides {meta.strides}")
+        reach = stride * (extent - 1) + reach
+
+
+def _contiguous(shape: tuple[int, ...], dtype: str, device: str | int) -> Meta:
+    strides, step = [], 1
+    for extent in reversed(shape):
+        strides.append(step)
+        step *= extent
+    return Meta(shape, tuple(reversed(strides)), dtype, device)
+
+
+def number(name: str, value: Any) -> float:
+    """`value` as a finite float."""
+    if isinstance(value, (bool, np.bool_)) or not isinstance(value, (numbers.Real, np.floating, np.integer)):
+        raise TypeError(f"{name}: expected a real number, got {type(value).__name__}")
+    if not math.isfinite(value):
+        raise ValueError(f"{name}: expected a finite number, got {value}")
+    return float(value)
+
+
+def positive(name: str, value: Any) -> float:
+    """`value` as a finite float above 0."""
+    real = number(name, value)
+    if real <= 0:
+        raise ValueError(f"{name}: expected a positive number, got {value}")
+    return real
+
+
+def check_whole_number(name: str, value: Any, most: int | None = None, least: int = 1) -> None:
+    """Refuse anything but an integer from `least` to `most`."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+        raise TypeError(f"{name}: expected an integer, got {type(value).__name__}")
+    if value < least or (most is not None and value > most):
+        bound = f"at least {least}" if most is None else f"an integer from {least} to {most}"
+        raise ValueError(f"{name}: expected {bound}, got {value}")
+
+
+def check_flag(name: str, value: Any) -> None:
+    """Refuse anything but a bool."""
+    if not isinstance(value, (bool, np.bool_)):
+        raise TypeError(f"{name}: expected True or False, got {type(value).__name__}")
+
+
+def _adopt_host(call: Call, operands: dict[str, Any], names: dict[str, str]) -> None:
+    """Replace the operands of a host call by NumPy views."""
+    for name in OPERANDS:
+        x = getattr(call, name)
+        if x is not None and not isinstance(x, np.ndarray):
+            setattr(call, name, _arrays.library_of(x).adopt(x))  # type: ignore[union-attr]
+    if operands.get("final_state") is operands.get("initial_state"):
+        call.final_state = call.initial_state
+    if operands.get("final_slots") is operands.get("initial_slots"):
+        call.final_slots = call.initial_slots
+    spec = call.spec
+    if spec.op == "gate":
+        return
+    for name in ("a", "b", "g", "beta"):
+        x = getattr(call, name)
+        if x is not None and x.ndim == 2:
+            setattr(call, name, x.reshape(spec.B, spec.T, spec.HV))
+    if operands.get("out") is not None:
+        for name in ("q", "k", "v", "a", "b", "g", "beta", "initial_state", "final_state"):
+            x = getattr(call, name)
+            if x is not None and _overlap(call.out, x):
+                raise ValueError(
+                    f"{names.get('out', 'out')}: expected memory of its own, got an array that overlaps "
+                    f"{names.get(name, name)}"
+                )
+
+
+def _overlap(x: np.ndarray, y: np.ndarray) -> bool:
+    if not np.may_share_memory(x, y):
+        return False
+    try:
+        return np.shares_memory(x, y, max_work=100_000)
+    except np.exceptions.TooHardError:
+        return True
+
+
+def _check_values(call: Call, names: dict[str, str]) -> None:
+    """Check the values of cu_seqlens and slots; on the host they become int64 arrays on the way."""
+    spec = call.spec
+    on_host = spec.device == "cpu"
+
+    def values(name: str) -> np.ndarray | None:
+        x = getattr(call, name)
+        if x is None:
+            return None
+        host = x if on_host else _arrays.library_of(x).to_host(x)  # type: ignore[union-attr]
+        return np.ascontiguousarray(host, np.int64)
+
+    lengths = np.full(spec.N, spec.T, np.int64)
+    cu_seqlens = values("cu_seqlens")
+    if cu_seqlens is not None:
+        said = names.get("cu_seqlens", "cu_seqlens")
+        lengths = np.diff(cu_seqlens)
+        if cu_seqlens[0] != 0 or cu_seqlens[-1] != spec.T or (lengths < 0).any():
+            raise ValueError(
+                f"{said}: expected non-decreasing offsets from 0 to T = {spec.T}, got {_short(cu_seqlens)}"
+            )
+    read = values("initial_slots")
+    written = read if call.final_slots is call.initial_slots else values("final_slots")
+    if on_host:
+        call.cu_seqlens, call.initial_slots, call.final_slots = cu_seqlens, read, written
+    for name, slots in (("initial", read), ("final", written)):
+        if slots is None:
+            continue
+        state = f"{name}_state" if f"{name}_state" in spec.shapes else "initial_state"
+        count = spec.shapes[state][0]
+        if slots.size and slots.max() >= count:
+            said = names.get(f"{name}_slots", f"{name}_slots")
+            raise IndexError(f"{said}: expected slots below {count}, got {slots.max()}")
+    if call.final_state is None or written is None:
+        return
+    rows = np.arange(spec.N) if read is None else read
+    writes = (rows >= 0) & (written >= 0) & ((lengths > 0) | (rows != written))
+    _check_conflicts(call, rows, written, writes, names)
+
+
+def _check_conflicts(
+    call: Call, read: np.ndarray, written: np.ndarray, writes: np.ndarray, names: dict[str, str]
+) -> None:
+    said = names.get("final_slots", "final_slots")
+    if call.final_slots is call.initial_slots:
+        said = names.get("initial_slots", said)
+    targets = written[writes]
+    unique, counts = np.unique(targets, return_counts=True)
+    if unique.size != targets.size:
+        slot = int(unique[counts > 1][0])
+        rows = np.flatnonzero(writes & (written == slot))
+        raise ValueError(f"{said}: expected every slot written once, got slot {slot} in rows {rows.tolist()}")
+    if call.final_state is call.initial_state and written is not read:
+        # One row reads what another one writes: the answer would depend on their order.
+        writer = dict(zip(targets.tolist(), np.flatnonzero(writes).tolist(), strict=True))
+        live = (read >= 0) & (written >= 0)
+        for row in np.flatnonzero(live).tolist():
+            if writer.get(int(read[row]), row) != row:
+                raise ValueError(
+                    f"{said}: slot {int(read[row])} is written by row {writer[int(read[row])]} "
+                    f"and read by row {row} of the same call"
+                )
+
+
+def _short(x: np.ndarray) -> str:
+    return np.array2string(x, threshold=8, edgeitems=3)

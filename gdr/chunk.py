@@ -1,0 +1,114 @@
+"""The chunkwise form: the same recurrence, a chunk of tokens at a time by matrix products."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from gdr import _backends, _inputs
+
+
+def chunk_gated_delta_rule(
+    q: Any,
+    k: Any,
+    v: Any,
+    g: Any,
+    beta: Any,
+    scale: float | None = None,
+    initial_state: Any | None = None,
+    output_final_state: bool = False,
+    use_qk_l2norm_in_kernel: bool = False,
+    cu_seqlens: Any | None = None,
+    *,
+    state_layout: str = "kv",
+    out: Any | None = None,
+    check: bool | None = None,
+    chunk_size: int = 64,
+    batch_invariant: bool = False,
+) -> tuple[Any, Any | None]:
+    """Gated delta rule by chunks of tokens, from ready gates: for long sequences.
+
+    Same arguments, semantics and results (within rounding) as `fused_recurrent_gated_delta_rule`.
+
+    Parameters
+    ----------
+    q, k : array, shape [B, T, H, K]
+        Queries and keys; K from 1 to 256.
+    v : array, shape [B, T, HV, V]
+        Values; HV is a multiple of H, and value head hv uses key head ``hv // (HV // H)``.
+    g : array, shape [B, T, HV]
+        Log decay of each token, at most 0; ``-inf`` forgets everything.
+    beta : array, shape [B, T, HV]
+        Write strength.
+    scale : float, optional
+        Factor of the queries; ``K ** -0.5`` by default.
+    initial_state : array, shape [N, HV, K, V], optional
+        State before the first token of each sequence, ``[N, HV, V, K]`` with ``state_layout="vk"``; zero by default.
+    output_final_state : bool, default False
+        Return the state after the last token as well.
+    use_qk_l2norm_in_kernel : bool, default False
+        Divide q and k by ``sqrt(sum(x ** 2) + 1e-6)`` first.
+    cu_seqlens : array of int32 or int64, shape [N + 1], optional
+        Offsets of packed sequences along T; B is then 1.  None: N = B sequences of T tokens.
+    state_layout : {"kv", "vk"}, default "kv"
+        Order of the last two axes of the states.
+    out : array, v's shape and dtype, optional
+        Where the output goes; must not overlap an input.
+    check : bool, optional
+        Check the values of cu_seqlens.  None: on the host yes; on a device no, where it would synchronise.
+    chunk_size : int, default 64
+        Tokens a chunk.
+    batch_invariant : bool, default False
+        Make the bits of a sequence's result independent of the rest of the batch.
+
+    Returns
+    -------
+    o : array, shape [B, T, HV, V]
+        The outputs, of v's dtype and library; `out` itself where it was given.
+    final_state : array, shape [N, HV, K, V], or None
+        float32 (float64 where the arithmetic is), in `state_layout`; None without `output_final_state`.
+
+    Raises
+    ------
+    TypeError
+        A wrong type or dtype, or arrays on different devices.
+    ValueError
+        A shape, layout or scalar that does not fit; offsets that are not sorted.
+
+    Notes
+    -----
+    The WY form of Yang et al. (arXiv:2406.06484) with the decay of arXiv:2412.06464; keywords are
+    flash-linear-attention's.  Decays enter as exponentials of differences, never of a positive number.
+
+    Examples
+    --------
+    >>> import gdr
+    >>> x = gdr.testing.make_inputs(B=1, T=200, H=2, HV=4, K=16, V=16)
+    >>> o, h = gdr.chunk_gated_delta_rule(x.q, x.k, x.v, x.g, x.beta, output_final_state=True,
+    ...                                   use_qk_l2norm_in_kernel=True)
+    >>> o.shape, h.shape
+    ((1, 200, 4, 16), (1, 4, 16, 16))
+    """
+    _inputs.check_flag("output_final_state", output_final_state)
+    call = _inputs.prepare(
+        "chunk",
+        {
+            "q": q,
+            "k": k,
+            "v": v,
+            "out": out,
+            "g": g,
+            "beta": beta,
+            "initial_state": initial_state,
+            "cu_seqlens": cu_seqlens,
+        },
+        scale=scale,
+        l2norm=use_qk_l2norm_in_kernel,
+        layout=state_layout,
+        output_final_state=output_final_state,
+        check=check,
+        chunk_size=chunk_size,
+        batch_invariant=batch_invariant,
+    )
+    _backends.run(call)
+    release = call.library.release
+    return release(call.out) if out is None else out, release(call.final_state) if output_final_state else None

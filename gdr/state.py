@@ -1,0 +1,535 @@
+"""`DeltaRuleState`: a pool of recurrent states, one slot a sequence."""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from gdr import _arrays, _backends, _inputs, _state_file
+
+_STATE_NAMES = {
+    "initial_state": "the pool",
+    "final_state": "the pool",
+    "initial_slots": "slots",
+    "final_slots": "slots",
+    "A_log": "the state's A_log",
+    "dt_bias": "the state's dt_bias",
+}
+
+# Mean number of tokens a sequence from which prefill runs chunkwise.
+CHUNK_FROM = {"cpu": 16, "cuda": 32}
+
+
+class DeltaRuleState:
+    """Recurrent states of the gated delta rule in a pool of slots.
+
+    Parameters
+    ----------
+    num_slots : int
+        Slots in the pool; each holds one sequence's state ``[HV, K, V]``.
+    num_v_heads, head_k_dim, head_v_dim : int
+        HV, K and V.
+    num_k_heads : int, optional
+        H, a divisor of HV; HV by default.
+    A_log, dt_bias : array, shape [HV], optional
+        Gate parameters, copied as float32.  Without `A_log` the state can be read and written but not stepped;
+        `dt_bias` is 0 by default.
+    scale : float, optional
+        Factor of the queries; ``K ** -0.5`` by default.
+    use_qk_l2norm : bool, default True
+        Divide q and k by ``sqrt(sum(x ** 2) + 1e-6)`` first.
+    softplus_beta, softplus_threshold : float
+        The softplus of the gate.
+    dtype : {"float32", "float16", "bfloat16"}, default "float32"
+        What the states are kept in ("float64" as well on the host).
+    layout : {"kv", "vk"}, default "kv"
+        Order of the last two axes of the pool.
+    device : str, default "cpu"
+        "cpu", "cuda" or "cuda:1".
+
+    Raises
+    ------
+    TypeError, ValueError
+        An argument of a wrong type or out of range, by name.
+
+    Notes
+    -----
+    Slot bookkeeping lives on the host and is thread-safe: `alloc` and `fork` return NumPy int32.  Every method takes
+    slots as an integer, a sequence or a NumPy array and checks them; on a GPU `step`, `prefill`, `read`, `write` and
+    `reset` take a device array as well, which is neither copied nor checked (a slot outside the pool is padding), so
+    that they can be captured in a graph.
+
+    Examples
+    --------
+    >>> import numpy as np, gdr
+    >>> state = gdr.DeltaRuleState(8, 4, 16, 16, num_k_heads=2, A_log=np.zeros(4))
+    >>> slots = state.alloc(3)
+    >>> x = gdr.testing.make_inputs(B=3, T=1, H=2, HV=4, K=16, V=16)
+    >>> state.step(x.q, x.k, x.v, x.a, x.b, slots).shape
+    (3, 1, 4, 16)
+    >>> state.free(slots)
+    >>> state.num_free
+    8
+    """
+
+    def __init__(
+        self,
+        num_slots: int,
+        num_v_heads: int,
+        head_k_dim: int,
+        head_v_dim: int,
+        *,
+        num_k_heads: int | None = None,
+        A_log: Any | None = None,
+        dt_bias: Any | None = None,
+        scale: float | None = None,
+        use_qk_l2norm: bool = True,
+        softplus_beta: float = 1.0,
+        softplus_threshold: float = 20.0,
+        dtype: str = "float32",
+        layout: str = "kv",
+        device: str = "cpu",
+    ) -> None:
+        num_k_heads = num_v_heads if num_k_heads is None else num_k_heads
+        for name, value, most in (
+            ("num_slots", num_slots, 2**31 - 1),
+            ("num_v_heads", num_v_heads, 2**15),
+            ("head_k_dim", head_k_dim, _inputs.MAX_HEAD_DIM),
+            ("head_v_dim", head_v_dim, _inputs.MAX_HEAD_DIM),
+            ("num_k_heads", num_k_heads, 2**15),
+        ):
+            _inputs.check_whole_number(name, value, most)
+        if num_v_heads % num_k_heads:
+            raise ValueError(f"num_k_heads: expected a divisor of num_v_heads = {num_v_heads}, got {num_k_heads}")
+        if layout not in _inputs.LAYOUTS:
+            raise ValueError(f"layout: expected 'kv' or 'vk', got {layout!r}")
+        _inputs.check_flag("use_qk_l2norm", use_qk_l2norm)
+        self.num_slots, self.num_v_heads, self.num_k_heads = (
+            int(num_slots),
+            int(num_v_heads),
+            int(num_k_heads),
+        )
+        self.head_k_dim, self.head_v_dim = int(head_k_dim), int(head_v_dim)
+        self.scale = self.head_k_dim**-0.5 if scale is None else _inputs.number("scale", scale)
+        self.use_qk_l2norm = bool(use_qk_l2norm)
+        self.softplus_beta = _inputs.positive("softplus_beta", softplus_beta)
+        self.softplus_threshold = _inputs.number("softplus_threshold", softplus_threshold)
+        self.layout = layout
+        self.device = device
+        self._xp = _namespace(device)
+        self.dtype = _state_dtype(dtype, device)
+        self.A_log = self._head_parameter("A_log", A_log)
+        self.dt_bias = self._head_parameter("dt_bias", dt_bias)
+        if self.A_log is not None and self.dt_bias is None:
+            self.dt_bias = self._xp.zeros(self.num_v_heads, np.float32)
+        if self.A_log is None and self.dt_bias is not None:
+            raise ValueError("dt_bias: given without A_log")
+        self._pool = self._xp.zeros((self.num_slots, *self._slot_shape), _arrays.numpy_dtype(self.dtype))
+        self._lock = threading.Lock()
+        self._allocated = np.zeros(self.num_slots, bool)
+        self._free = list(range(self.num_slots - 1, -1, -1))
+        self._dirty = np.zeros(self.num_slots, bool)
+
+    @property
+    def _slot_shape(self) -> tuple[int, int, int]:
+        last = (self.head_k_dim, self.head_v_dim)
+        return (self.num_v_heads, *(last if self.layout == "kv" else last[::-1]))
+
+    @property
+    def pool(self) -> Any:
+        """The states, ``[num_slots, HV, K, V]`` (``[num_slots, HV, V, K]`` with layout "vk"); writable in place."""
+        return self._pool
+
+    @property
+    def num_free(self) -> int:
+        """Slots that `alloc` can still hand out."""
+        return len(self._free)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of memory that the pool takes."""
+        return self._pool.nbytes
+
+    def __repr__(self) -> str:
+        return (
+            f"DeltaRuleState({self.num_slots} slots, {self.num_free} free, HV={self.num_v_heads}, "
+            f"H={self.num_k_heads}, K={self.head_k_dim}, V={self.head_v_dim}, dtype={self.dtype!r}, "
+            f"layout={self.layout!r}, device={self.device!r}, {self.nbytes / 2**20:.1f} MiB)"
+        )
+
+    def alloc(self, n: int = 1) -> np.ndarray:
+        """Take `n` slots, whose states are zero.
+
+        Returns
+        -------
+        slots : ndarray of int32, shape [n]
+
+        Raises
+        ------
+        ValueError
+            Fewer than `n` slots are free; none is taken.
+        """
+        _inputs.check_whole_number("n", n, least=0)
+        with self._lock:
+            if n > len(self._free):
+                raise ValueError(f"n: asked for {n} slots, but {len(self._free)} of {self.num_slots} are free")
+            slots = np.array([self._free[-1 - i] for i in range(n)], np.int32)
+            stale = slots[self._dirty[slots]]
+            if stale.size:
+                self._pool[self._upload(stale)] = 0
+                self._dirty[stale] = False
+            del self._free[len(self._free) - n :]
+            self._allocated[slots] = True
+        return slots
+
+    def free(self, slots: Any) -> None:
+        """Give slots back.
+
+        Raises
+        ------
+        ValueError
+            A slot is not allocated, or named twice; nothing is freed.
+        """
+        host = self._host_slots(slots, padding=False)
+        with self._lock:
+            self._check_allocated(host)
+            self._allocated[host] = False
+            self._dirty[host] = True
+            self._free.extend(host[::-1].tolist())
+
+    def reset(self, slots: Any) -> None:
+        """Set the states of slots to zero."""
+        self._pool[self._index(slots)] = 0
+
+    def fork(self, slots: Any) -> np.ndarray:
+        """Copy the states of slots to as many new slots.
+
+        Returns
+        -------
+        new_slots : ndarray of int32, shape [n]
+
+        Raises
+        ------
+        ValueError
+            A slot is not allocated, or fewer than n slots are free; nothing changes.
+        """
+        host = self._host_slots(slots, padding=False, unique=False)
+        self._check_allocated(host)
+        new = self.alloc(host.size)
+        self._dirty[new] = True
+        self._pool[self._upload(new)] = self._pool[self._upload(host)]
+        return new
+
+    def read(self, slots: Any) -> Any:
+        """Copy of the states of slots, ``[n, HV, K, V]`` in the pool's layout and dtype."""
+        return self._pool[self._index(slots, unique=False)]
+
+    def write(self, slots: Any, h: Any) -> None:
+        """Set the states of slots to `h` ``[n, HV, K, V]``, in the pool's layout; cast to its dtype.
+
+        Raises
+        ------
+        TypeError, ValueError
+            `h` is no floating array on the pool's device, or its shape does not fit; nothing is written.
+        """
+        index = self._index(slots)
+        library = _arrays.library_of(h)
+        if library is None:
+            raise TypeError(f"h: expected a NumPy, CuPy, torch or JAX array, got {type(h).__name__}")
+        meta = library.meta(h)
+        if (meta.device == "cpu") != (self.device == "cpu"):
+            raise TypeError(f"h: expected an array on {self.device}, got one on {meta.device}")
+        if meta.dtype not in _arrays.FLOATS:
+            raise TypeError(f"h: expected a floating dtype, got {meta.dtype}")
+        if meta.shape != (len(index), *self._slot_shape):
+            raise ValueError(f"h: expected shape {[len(index), *self._slot_shape]}, got {list(meta.shape)}")
+        h = library.adopt(h)
+        self._pool[index] = h if self.device == "cpu" else self._xp.asarray(h)
+
+    def step(self, q: Any, k: Any, v: Any, a: Any, b: Any, slots: Any, *, out: Any | None = None) -> Any:
+        """Run one token of each sequence and update the states.
+
+        Parameters
+        ----------
+        q, k : array, shape [N, H, K] or [N, 1, H, K]
+        v : array, shape [N, HV, V] or [N, 1, HV, V]
+        a, b : array, shape [N, HV] or [N, 1, HV]
+            Raw logits of the decay and of the write strength.
+        slots : int array, shape [N]
+            Each sequence's slot; a negative one is padding.
+        out : array, v's shape and dtype, optional
+            Where the output goes.
+
+        Returns
+        -------
+        o : array, v's shape, dtype and library
+
+        Raises
+        ------
+        TypeError, ValueError, IndexError
+            By the argument's name; see `fused_sigmoid_gating_delta_rule_update`.  A slot that is not allocated, or
+            twice in `slots`, is refused.  Nothing is changed.
+        """
+        flat = getattr(v, "ndim", 0) == 3
+        if flat:
+            q, k, v = (x[:, None] if getattr(x, "ndim", 0) == 3 else x for x in (q, k, v))
+            out = out[:, None] if getattr(out, "ndim", 0) == 3 else out
+        if getattr(q, "ndim", 0) == 4 and q.shape[1] != 1:
+            raise ValueError(f"q: step takes one token a sequence, shape [N, H, K] or [N, 1, H, K]; got {q.shape}")
+        o = self._run("fused_recurrent", q, k, v, a, b, slots, None, out)
+        return o[:, 0] if flat else o
+
+    def prefill(
+        self,
+        q: Any,
+        k: Any,
+        v: Any,
+        a: Any,
+        b: Any,
+        slots: Any,
+        cu_seqlens: Any | None = None,
+        *,
+        out: Any | None = None,
+    ) -> Any:
+        """Run many tokens of each sequence and update the states: chunkwise for long sequences, else token by token.
+
+        Parameters
+        ----------
+        q, k : array, shape [B, T, H, K]
+        v : array, shape [B, T, HV, V]
+        a, b : array, shape [B, T, HV]
+            Raw logits of the decay and of the write strength.
+        slots : int array, shape [N]
+            Each sequence's slot; a negative one is padding.
+        cu_seqlens : array of int32 or int64, shape [N + 1], optional
+            Offsets of packed sequences along T; B is then 1.
+        out : array, v's shape and dtype, optional
+            Where the output goes.
+
+        Returns
+        -------
+        o : array, shape [B, T, HV, V]
+
+        Raises
+        ------
+        TypeError, ValueError, IndexError
+            As `step`.
+        """
+        B, T = getattr(q, "shape", (0, 0))[:2] if getattr(q, "ndim", 0) == 4 else (0, 0)
+        count = B if cu_seqlens is None else max(1, len(cu_seqlens) - 1)
+        tokens = T if cu_seqlens is None else T / count
+        op = "chunk" if tokens >= CHUNK_FROM[self.device.partition(":")[0]] else "fused_recurrent"
+        return self._run(op, q, k, v, a, b, slots, cu_seqlens, out)
+
+    def save(self, path: str | Path) -> None:
+        """Write the pool to a file, whole or not at all.
+
+        The file carries the format's version, every parameter, the slot map and the states of the allocated slots.
+
+        Raises
+        ------
+        OSError
+            The file cannot be written; one that was there before is as it was.
+        """
+        with self._lock:
+            allocated = np.flatnonzero(self._allocated)
+            parameters = {name: getattr(self, name) for name in _PARAMETERS}
+            arrays = {"slots": allocated.astype(np.int32), "states": self._to_host(self.read(allocated))}
+            for name in ("A_log", "dt_bias"):
+                if getattr(self, name) is not None:
+                    arrays[name] = self._to_host(getattr(self, name))
+        _state_file.save(Path(path), parameters, arrays)
+
+    @classmethod
+    def load(cls, path: str | Path, device: str = "cpu") -> DeltaRuleState:
+        """Read a pool that `save` wrote; the slots keep their numbers.
+
+        Raises
+        ------
+        FileNotFoundError
+            There is no such file.
+        ValueError
+            The file is no state file, of another version, truncated or damaged; it is named.
+        """
+        parameters, arrays = _state_file.load(Path(path))
+        state = cls(**parameters, A_log=arrays.get("A_log"), dt_bias=arrays.get("dt_bias"), device=device)
+        state._take(arrays["slots"], arrays["states"])
+        return state
+
+    def to(self, device: str) -> DeltaRuleState:
+        """Return the pool on `device`: itself if it is there already, else a copy with the same slots."""
+        if device == self.device:
+            return self
+        parameters = {name: getattr(self, name) for name in _PARAMETERS}
+        gate = {name: self._to_host(x) for name in ("A_log", "dt_bias") if (x := getattr(self, name)) is not None}
+        other = DeltaRuleState(**parameters, **gate, device=device)
+        with self._lock:
+            allocated = np.flatnonzero(self._allocated)
+            other._take(allocated, self._to_host(self.read(allocated)))
+        return other
+
+    def _take(self, slots: np.ndarray, states: np.ndarray) -> None:
+        """Fill a new pool with allocated slots and their states."""
+        if slots.size and (slots.min() < 0 or slots.max() >= self.num_slots or np.unique(slots).size != slots.size):
+            raise ValueError("the slot map does not fit the pool")
+        self._pool[self._upload(slots)] = self._xp.asarray(states)
+        self._allocated[slots] = True
+        self._dirty[slots] = True
+        self._free = [slot for slot in self._free if not self._allocated[slot]]
+
+    def _run(
+        self,
+        op: str,
+        q: Any,
+        k: Any,
+        v: Any,
+        a: Any,
+        b: Any,
+        slots: Any,
+        cu_seqlens: Any | None,
+        out: Any | None,
+    ) -> Any:
+        if self.A_log is None:
+            raise ValueError("A_log: this state was made without it, so it can be read and written but not run")
+        for name, x, want in (
+            ("q", q, (self.num_k_heads, self.head_k_dim)),
+            ("v", v, (self.num_v_heads, self.head_v_dim)),
+        ):
+            if tuple(getattr(x, "shape", want))[-2:] != want:
+                raise ValueError(f"{name}: expected heads and head dimension {list(want)}, got {list(x.shape)[-2:]}")
+        slots = self._kernel_slots(slots)
+        call = _inputs.prepare(
+            op,
+            {
+                "q": q,
+                "k": k,
+                "v": v,
+                "out": out,
+                "A_log": self.A_log,
+                "dt_bias": self.dt_bias,
+                "a": a,
+                "b": b,
+                "initial_state": self._pool,
+                "initial_slots": slots,
+                "final_state": self._pool,
+                "final_slots": slots,
+                "cu_seqlens": cu_seqlens,
+            },
+            names=_STATE_NAMES,
+            scale=self.scale,
+            l2norm=self.use_qk_l2norm,
+            layout=self.layout,
+            softplus_beta=self.softplus_beta,
+            softplus_threshold=self.softplus_threshold,
+        )
+        _backends.run(call)
+        return call.library.release(call.out) if out is None else out
+
+    def _head_parameter(self, name: str, value: Any) -> Any | None:
+        if value is None:
+            return None
+        if isinstance(value, (list, tuple)):
+            value = np.asarray(value)
+        library = _arrays.library_of(value)
+        if library is None:
+            raise TypeError(f"{name}: expected an array of shape [HV], got {type(value).__name__}")
+        meta = library.meta(value)
+        if meta.dtype not in _arrays.FLOATS:
+            raise TypeError(f"{name}: expected a floating dtype, got {meta.dtype}")
+        if meta.shape != (self.num_v_heads,):
+            raise ValueError(f"{name}: expected shape [HV] = [{self.num_v_heads}], got {list(meta.shape)}")
+        value = library.adopt(value)
+        if self.device == "cpu" and meta.device != "cpu":
+            raise TypeError(f"{name}: expected an array on the host, got one on CUDA device {meta.device}")
+        dtype = np.float64 if self.dtype == "float64" else np.float32
+        return self._xp.array(self._xp.asarray(value), dtype, copy=True)
+
+    def _to_host(self, x: Any) -> np.ndarray:
+        return x if self.device == "cpu" else self._xp.asnumpy(x)
+
+    def _upload(self, slots: np.ndarray) -> Any:
+        return slots if self.device == "cpu" else self._xp.asarray(slots)
+
+    def _on_device(self, slots: Any) -> bool:
+        library = _arrays.library_of(slots)
+        return self.device != "cpu" and library is not None and library.meta(slots).device != "cpu"
+
+    def _index(self, slots: Any, unique: bool = True) -> Any:
+        """`slots` as an index of the pool."""
+        if self._on_device(slots):
+            return self._xp.asarray(slots)
+        host = self._host_slots(slots, padding=False, unique=unique)
+        self._check_allocated(host)
+        return self._upload(host)
+
+    def _kernel_slots(self, slots: Any) -> Any:
+        """`slots` as an operand of a call; those on the host are checked and may hold padding."""
+        if self._on_device(slots):
+            return slots
+        host = self._host_slots(slots, padding=True)
+        self._check_allocated(host[host >= 0])
+        return self._upload(host)
+
+    def _host_slots(self, slots: Any, *, padding: bool, unique: bool = True) -> np.ndarray:
+        library = _arrays.library_of(slots)
+        if library is not None and library.meta(slots).device != "cpu":
+            raise TypeError("slots: expected slots on the host here, got an array on a CUDA device")
+        host = np.atleast_1d(np.asarray(library.adopt(slots) if library is not None else slots))
+        if host.size == 0:
+            return host.astype(np.int32).reshape(0)
+        if host.dtype.kind not in "iu":
+            raise TypeError(f"slots: expected integers, got dtype {host.dtype}")
+        if host.ndim != 1:
+            raise ValueError(f"slots: expected one axis, got shape {list(host.shape)}")
+        if host.max() >= self.num_slots or (not padding and host.min() < 0):
+            wrong = host[(host >= self.num_slots) | (host < 0)][0]
+            raise IndexError(f"slots: expected slots from 0 to {self.num_slots - 1}, got {wrong}")
+        live = host[host >= 0]
+        if unique and np.unique(live).size != live.size:
+            values, counts = np.unique(live, return_counts=True)
+            raise ValueError(f"slots: expected every slot once, got slot {values[counts > 1][0]} more than once")
+        return host.astype(np.int32)
+
+    def _check_allocated(self, host: np.ndarray) -> None:
+        loose = host[~self._allocated[host]]
+        if loose.size:
+            raise ValueError(
+                f"slots: slot {loose[0]} is not allocated ({self.num_free} of {self.num_slots} slots are free)"
+            )
+
+
+_PARAMETERS = (
+    "num_slots",
+    "num_v_heads",
+    "head_k_dim",
+    "head_v_dim",
+    "num_k_heads",
+    "scale",
+    "use_qk_l2norm",
+    "softplus_beta",
+    "softplus_threshold",
+    "dtype",
+    "layout",
+)
+
+
+def _namespace(device: str) -> Any:
+    if device == "cpu":
+        return np
+    kind, _, ordinal = device.partition(":") if isinstance(device, str) else ("", "", "")
+    if kind != "cuda" or (ordinal and not ordinal.isdigit()):
+        raise ValueError(f"device: expected 'cpu', 'cuda' or 'cuda:<ordinal>', got {device!r}")
+    from gdr._cuda_loader import require_device
+
+    return require_device(int(ordinal or 0))
+
+
+def _state_dtype(dtype: Any, device: str) -> str:
+    name = dtype if isinstance(dtype, str) else np.dtype(dtype).name
+    allowed = _arrays.FLOATS if device == "cpu" else _inputs.DEVICE_FLOATS
+    if name not in allowed:
+        raise ValueError(f"dtype: expected one of {', '.join(allowed)} on {device}, got {name!r}")
+    return name
