@@ -245,7 +245,7 @@ def _library(name: str) -> Any:
     return _made[name]
 
 
-def library_of(x: Any) -> Any | None:
+def library_of(x: Any) -> Any:
     """The array library `x` belongs to, or None when it is no array that gdr takes."""
     kind = type(x)
     found = _by_type.get(kind)

@@ -152,6 +152,16 @@ def compute_capability(device: int) -> int:
     return int(_import_cupy().cuda.Device(device).compute_capability)
 
 
+def require_device(device: int) -> Any:
+    """Return CuPy, or say why CUDA device `device` cannot be used."""
+    cupy = _import_cupy()
+    count = _device_count(cupy)
+    if device >= count:
+        raise CudaUnavailable(f"CUDA device {device} was asked for, but {count} are visible")
+    require("gdr", device, OLDEST)
+    return cupy
+
+
 def require(stem: str, device: int, requires: int) -> None:
     """Refuse a GPU that is older than a kernel asks for."""
     have = compute_capability(device)

@@ -181,7 +181,7 @@ def prepare(
         check_flag("batch_invariant", batch_invariant)
     for name in ("out", "final_state"):
         x = operands.get(name)
-        if x is not None and not _arrays.library_of(x).writable(x):  # type: ignore[union-attr]
+        if x is not None and not _arrays.library_of(x).writable(x):
             raise ValueError(f"{names.get(name, name)}: is written in place, and this {type(x).__name__} is read-only")
     if spec.device == "cpu":
         _adopt_host(call, operands, names)
@@ -367,7 +367,7 @@ def _describe_gate(meta: dict[str, Meta], said: dict[str, str], device: str | in
 
 def _meta(name: str, x: Any) -> Meta:
     try:
-        return _arrays.library_of(x).meta(x)  # type: ignore[union-attr]
+        return _arrays.library_of(x).meta(x)
     except TypeError as error:
         raise TypeError(f"{name}: {error}") from None
 
@@ -454,7 +454,7 @@ def positive(name: str, value: Any) -> float:
 
 def check_whole_number(name: str, value: Any, most: int | None = None, least: int = 1) -> None:
     """Refuse anything but an integer from `least` to `most`."""
-    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+    if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
         raise TypeError(f"{name}: expected an integer, got {type(value).__name__}")
     if value < least or (most is not None and value > most):
         bound = f"at least {least}" if most is None else f"an integer from {least} to {most}"
@@ -472,7 +472,7 @@ def _adopt_host(call: Call, operands: dict[str, Any], names: dict[str, str]) -> 
     for name in OPERANDS:
         x = getattr(call, name)
         if x is not None and not isinstance(x, np.ndarray):
-            setattr(call, name, _arrays.library_of(x).adopt(x))  # type: ignore[union-attr]
+            setattr(call, name, _arrays.library_of(x).adopt(x))
     if operands.get("final_state") is operands.get("initial_state"):
         call.final_state = call.initial_state
     if operands.get("final_slots") is operands.get("initial_slots"):
@@ -498,7 +498,7 @@ def _overlap(x: np.ndarray, y: np.ndarray) -> bool:
     if not np.may_share_memory(x, y):
         return False
     try:
-        return np.shares_memory(x, y, max_work=100_000)
+        return np.shares_memory(x, y, max_work=100_000)  # type: ignore[arg-type]
     except np.exceptions.TooHardError:
         return True
 
@@ -512,7 +512,7 @@ def _check_values(call: Call, names: dict[str, str]) -> None:
         x = getattr(call, name)
         if x is None:
             return None
-        host = x if on_host else _arrays.library_of(x).to_host(x)  # type: ignore[union-attr]
+        host = x if on_host else _arrays.library_of(x).to_host(x)
         return np.ascontiguousarray(host, np.int64)
 
     lengths = np.full(spec.N, spec.T, np.int64)

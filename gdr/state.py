@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -118,16 +121,16 @@ class DeltaRuleState:
         self.softplus_beta = _inputs.positive("softplus_beta", softplus_beta)
         self.softplus_threshold = _inputs.number("softplus_threshold", softplus_threshold)
         self.layout = layout
-        self.device = device
-        self._xp = _namespace(device)
+        self._xp, self.device, self._here = _placement(device)
         self.dtype = _state_dtype(dtype, device)
         self.A_log = self._head_parameter("A_log", A_log)
         self.dt_bias = self._head_parameter("dt_bias", dt_bias)
         if self.A_log is not None and self.dt_bias is None:
-            self.dt_bias = self._xp.zeros(self.num_v_heads, np.float32)
+            self.dt_bias = self._place(np.zeros(self.num_v_heads, np.float32))
         if self.A_log is None and self.dt_bias is not None:
             raise ValueError("dt_bias: given without A_log")
-        self._pool = self._xp.zeros((self.num_slots, *self._slot_shape), _arrays.numpy_dtype(self.dtype))
+        with self._here():
+            self._pool = self._xp.zeros((self.num_slots, *self._slot_shape), _arrays.numpy_dtype(self.dtype))
         self._lock = threading.Lock()
         self._allocated = np.zeros(self.num_slots, bool)
         self._free = list(range(self.num_slots - 1, -1, -1))
@@ -179,7 +182,7 @@ class DeltaRuleState:
             slots = np.array([self._free[-1 - i] for i in range(n)], np.int32)
             stale = slots[self._dirty[slots]]
             if stale.size:
-                self._pool[self._upload(stale)] = 0
+                self._set(self._place(stale), np.float32(0))
                 self._dirty[stale] = False
             del self._free[len(self._free) - n :]
             self._allocated[slots] = True
@@ -202,7 +205,7 @@ class DeltaRuleState:
 
     def reset(self, slots: Any) -> None:
         """Set the states of slots to zero."""
-        self._pool[self._index(slots)] = 0
+        self._set(self._index(slots), np.float32(0))
 
     def fork(self, slots: Any) -> np.ndarray:
         """Copy the states of slots to as many new slots.
@@ -220,12 +223,12 @@ class DeltaRuleState:
         self._check_allocated(host)
         new = self.alloc(host.size)
         self._dirty[new] = True
-        self._pool[self._upload(new)] = self._pool[self._upload(host)]
+        self._set(self._place(new), self._get(self._place(host)))
         return new
 
     def read(self, slots: Any) -> Any:
         """Copy of the states of slots, ``[n, HV, K, V]`` in the pool's layout and dtype."""
-        return self._pool[self._index(slots, unique=False)]
+        return self._get(self._index(slots, unique=False))
 
     def write(self, slots: Any, h: Any) -> None:
         """Set the states of slots to `h` ``[n, HV, K, V]``, in the pool's layout; cast to its dtype.
@@ -246,8 +249,7 @@ class DeltaRuleState:
             raise TypeError(f"h: expected a floating dtype, got {meta.dtype}")
         if meta.shape != (len(index), *self._slot_shape):
             raise ValueError(f"h: expected shape {[len(index), *self._slot_shape]}, got {list(meta.shape)}")
-        h = library.adopt(h)
-        self._pool[index] = h if self.device == "cpu" else self._xp.asarray(h)
+        self._set(index, library.adopt(h))
 
     def step(self, q: Any, k: Any, v: Any, a: Any, b: Any, slots: Any, *, out: Any | None = None) -> Any:
         """Run one token of each sequence and update the states.
@@ -276,7 +278,7 @@ class DeltaRuleState:
         flat = getattr(v, "ndim", 0) == 3
         if flat:
             q, k, v = (x[:, None] if getattr(x, "ndim", 0) == 3 else x for x in (q, k, v))
-            out = out[:, None] if getattr(out, "ndim", 0) == 3 else out
+            out = out[:, None] if out is not None and out.ndim == 3 else out
         if getattr(q, "ndim", 0) == 4 and q.shape[1] != 1:
             raise ValueError(f"q: step takes one token a sequence, shape [N, H, K] or [N, 1, H, K]; got {q.shape}")
         o = self._run("fused_recurrent", q, k, v, a, b, slots, None, out)
@@ -355,17 +357,21 @@ class DeltaRuleState:
             The file is no state file, of another version, truncated or damaged; it is named.
         """
         parameters, arrays = _state_file.load(Path(path))
-        state = cls(**parameters, A_log=arrays.get("A_log"), dt_bias=arrays.get("dt_bias"), device=device)
-        state._take(arrays["slots"], arrays["states"])
+        try:
+            state = cls(**parameters, A_log=arrays.get("A_log"), dt_bias=arrays.get("dt_bias"), device=device)
+            state._take(arrays["slots"], arrays["states"])
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{path}: a state file whose contents do not fit together ({error})") from None
         return state
 
     def to(self, device: str) -> DeltaRuleState:
         """Return the pool on `device`: itself if it is there already, else a copy with the same slots."""
-        if device == self.device:
+        if _placement(device)[1] == self.device:
             return self
-        parameters = {name: getattr(self, name) for name in _PARAMETERS}
-        gate = {name: self._to_host(x) for name in ("A_log", "dt_bias") if (x := getattr(self, name)) is not None}
-        other = DeltaRuleState(**parameters, **gate, device=device)
+        parameters: dict[str, Any] = {name: getattr(self, name) for name in _PARAMETERS}
+        if self.A_log is not None:
+            parameters |= {"A_log": self._to_host(self.A_log), "dt_bias": self._to_host(self.dt_bias)}
+        other = DeltaRuleState(**parameters, device=device)
         with self._lock:
             allocated = np.flatnonzero(self._allocated)
             other._take(allocated, self._to_host(self.read(allocated)))
@@ -375,7 +381,7 @@ class DeltaRuleState:
         """Fill a new pool with allocated slots and their states."""
         if slots.size and (slots.min() < 0 or slots.max() >= self.num_slots or np.unique(slots).size != slots.size):
             raise ValueError("the slot map does not fit the pool")
-        self._pool[self._upload(slots)] = self._xp.asarray(states)
+        self._set(self._place(slots), self._place(states))
         self._allocated[slots] = True
         self._dirty[slots] = True
         self._free = [slot for slot in self._free if not self._allocated[slot]]
@@ -445,13 +451,31 @@ class DeltaRuleState:
         if self.device == "cpu" and meta.device != "cpu":
             raise TypeError(f"{name}: expected an array on the host, got one on CUDA device {meta.device}")
         dtype = np.float64 if self.dtype == "float64" else np.float32
-        return self._xp.array(self._xp.asarray(value), dtype, copy=True)
+        with self._here():
+            return self._xp.array(self._xp.asarray(value), dtype, copy=True)
+
+    def _get(self, index: Any) -> Any:
+        """Copy of the states at `index`, an array on the pool's device."""
+        if self.device == "cpu":
+            return self._pool[index]
+        with self._here():
+            return _cuda_state().gather(self._pool, index)
+
+    def _set(self, index: Any, states: Any) -> None:
+        """Overwrite the states at `index`, an array on the pool's device."""
+        if self.device == "cpu":
+            self._pool[index] = states
+            return
+        with self._here():
+            _cuda_state().scatter(self._pool, index, states)
 
     def _to_host(self, x: Any) -> np.ndarray:
         return x if self.device == "cpu" else self._xp.asnumpy(x)
 
-    def _upload(self, slots: np.ndarray) -> Any:
-        return slots if self.device == "cpu" else self._xp.asarray(slots)
+    def _place(self, x: np.ndarray) -> Any:
+        """`x` on the pool's device."""
+        with self._here():
+            return self._xp.asarray(x)
 
     def _on_device(self, slots: Any) -> bool:
         library = _arrays.library_of(slots)
@@ -463,7 +487,7 @@ class DeltaRuleState:
             return self._xp.asarray(slots)
         host = self._host_slots(slots, padding=False, unique=unique)
         self._check_allocated(host)
-        return self._upload(host)
+        return self._place(host)
 
     def _kernel_slots(self, slots: Any) -> Any:
         """`slots` as an operand of a call; those on the host are checked and may hold padding."""
@@ -471,13 +495,17 @@ class DeltaRuleState:
             return slots
         host = self._host_slots(slots, padding=True)
         self._check_allocated(host[host >= 0])
-        return self._upload(host)
+        return self._place(host)
 
     def _host_slots(self, slots: Any, *, padding: bool, unique: bool = True) -> np.ndarray:
         library = _arrays.library_of(slots)
         if library is not None and library.meta(slots).device != "cpu":
-            raise TypeError("slots: expected slots on the host here, got an array on a CUDA device")
-        host = np.atleast_1d(np.asarray(library.adopt(slots) if library is not None else slots))
+            if self.device == "cpu":
+                raise TypeError("slots: expected an array on the host, got one on a CUDA device")
+            slots = library.to_host(slots)
+        elif library is not None:
+            slots = library.adopt(slots)
+        host = np.atleast_1d(np.asarray(slots))
         if host.size == 0:
             return host.astype(np.int32).reshape(0)
         if host.dtype.kind not in "iu":
@@ -516,15 +544,23 @@ _PARAMETERS = (
 )
 
 
-def _namespace(device: str) -> Any:
+def _placement(device: Any) -> tuple[Any, str, Callable[[], AbstractContextManager[Any]]]:
+    """Array namespace, full name and context of a device."""
     if device == "cpu":
-        return np
+        return np, "cpu", nullcontext
     kind, _, ordinal = device.partition(":") if isinstance(device, str) else ("", "", "")
     if kind != "cuda" or (ordinal and not ordinal.isdigit()):
         raise ValueError(f"device: expected 'cpu', 'cuda' or 'cuda:<ordinal>', got {device!r}")
     from gdr._cuda_loader import require_device
 
-    return require_device(int(ordinal or 0))
+    cupy = require_device(int(ordinal or 0))
+    return cupy, f"cuda:{int(ordinal or 0)}", partial(cupy.cuda.Device, int(ordinal or 0))
+
+
+def _cuda_state() -> Any:
+    from gdr import _cuda_state
+
+    return _cuda_state
 
 
 def _state_dtype(dtype: Any, device: str) -> str:
