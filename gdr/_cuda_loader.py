@@ -138,9 +138,7 @@ def _device_count(cupy: Any) -> int:
     try:
         count = cupy.cuda.runtime.getDeviceCount()
     except Exception as error:
-        raise CudaUnavailable(
-            f"no usable NVIDIA driver or GPU ({error}); check nvidia-smi and {INSTALL}"
-        ) from error
+        raise CudaUnavailable(f"no usable NVIDIA driver or GPU ({error}); check nvidia-smi and {INSTALL}") from error
     if not count:
         raise CudaUnavailable("no NVIDIA GPU is visible; check nvidia-smi and CUDA_VISIBLE_DEVICES")
     return count
@@ -148,7 +146,7 @@ def _device_count(cupy: Any) -> int:
 
 @cache
 def compute_capability(device: int) -> int:
-    """Compute capability of a device as one number: 90 for 9.0."""
+    """Compute capability of a device as one number, 90 for 9.0."""
     return int(_import_cupy().cuda.Device(device).compute_capability)
 
 
@@ -162,12 +160,22 @@ def require_device(device: int) -> Any:
     return cupy
 
 
-def require(stem: str, device: int, requires: int) -> None:
+def require_device(device: int) -> Any:
+    """CuPy, if the device is there and new enough for any kernel; raises `CudaUnavailable` if not."""
+    cupy = _import_cupy()
+    count = _device_count(cupy)
+    if not 0 <= device < count:
+        raise CudaUnavailable(f"there is no CUDA device {device}; this machine has {count}")
+    _require("gdr", device, OLDEST)
+    return cupy
+
+
+def _require(what: str, device: int, requires: int) -> None:
     """Refuse a GPU that is older than a kernel asks for."""
     have = compute_capability(device)
     if have < requires:
         raise CudaUnavailable(
-            f"{stem} needs a GPU of compute capability {requires / 10:.1f} or newer; "
+            f"{what} needs a GPU of compute capability {requires / 10:.1f} or newer; "
             f"CUDA device {device} has {have / 10:.1f}"
         )
 
@@ -177,7 +185,7 @@ class Device(NamedTuple):
 
     ordinal: int
     name: str
-    compute_capability: str
+    capability: str
     memory: int  # bytes
 
 
@@ -343,10 +351,9 @@ def load(stem: str, defines: Mapping[str, Define], device: int) -> Kernel:
 
 
 def _compile(stem: str, defines: Mapping[str, Define], device: int) -> Kernel:
-    cupy = _import_cupy()
-    _device_count(cupy)
+    cupy = require_device(device)
     source = _source(stem)
-    require(stem, device, source.requires)
+    _require(stem, device, source.requires)
     flags = options(source)
     module = cupy.RawModule(code=compose(source, defines), options=flags, backend="nvrtc")
     try:
@@ -355,9 +362,7 @@ def _compile(stem: str, defines: Mapping[str, Define], device: int) -> Kernel:
     except cupy.cuda.compiler.CompileException as error:
         raise CompileError(_compile_message(stem, defines, flags, str(error))) from error
     except RuntimeError as error:
-        if "CUDA headers" in str(error) or "failed to load" in str(
-            error
-        ):  # CuPy's words: no headers, no NVRTC
+        if "CUDA headers" in str(error) or "failed to load" in str(error):  # CuPy's words: no headers, no NVRTC
             raise CudaUnavailable(f"{error}; {INSTALL}") from error
         raise
 

@@ -261,9 +261,20 @@ def test_a_compile_error_names_kernel_options_and_the_first_lines_of_the_log(fak
 
 def test_an_old_gpu_is_refused(fake: FakeCupy) -> None:
     fake.capability = "70"
-    with pytest.raises(loader.CudaUnavailable, match=r"axpy needs .* 7\.5 or newer; CUDA device 0 has 7\.0"):
+    with pytest.raises(loader.CudaUnavailable, match=r"gdr needs .* 7\.5 or newer; CUDA device 0 has 7\.0"):
         loader.load("axpy", {}, 0)
+    fake.capability = "75"
+    loader.compute_capability.cache_clear()
+    (loader.sources() / "new.cu").write_text("// requires: sm_80\n")
+    with pytest.raises(loader.CudaUnavailable, match=r"new needs .* 8\.0 or newer; CUDA device 0 has 7\.5"):
+        loader.load("new", {}, 0)
     assert fake.compiled == []
+
+
+def test_a_device_that_is_not_there_is_refused(fake: FakeCupy) -> None:
+    assert loader.require_device(0) is fake
+    with pytest.raises(loader.CudaUnavailable, match="no CUDA device 1; this machine has 1"):
+        loader.require_device(1)
 
 
 @pytest.mark.parametrize("broken", [ImportError("No module named 'cupy'"), RuntimeError("libcublas.so")])
@@ -414,5 +425,5 @@ def test_another_device_than_the_current_one(toy: Path, cupy: types.ModuleType) 
 def test_status_lists_the_devices(cupy: types.ModuleType) -> None:
     status = loader.cuda_status()
     assert status.usable, status.reason
-    assert status.devices[0].compute_capability.replace(".", "") == cupy.cuda.Device(0).compute_capability
+    assert status.devices[0].capability.replace(".", "") == cupy.cuda.Device(0).compute_capability
     assert status.devices[0].memory > 0
