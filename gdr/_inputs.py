@@ -1,75 +1,20 @@
 """The one place where a call is checked, normalised and described.
 
-`prepare` turns the arguments of any operation into a `Call`: a `Spec`, made from metadata alone and cached by the
-signature of the arguments, and the operands themselves.  A backend gets the `Call` and needs to check nothing.
+`prepare` turns the arguments of any operation into a `Call`: a `Spec`, made from metadata alone (by `gdr._spec`) and
+cached by the signature of the arguments, and the operands themselves.  A backend gets the `Call` and checks nothing.
 """
 
 from __future__ import annotations
 
 import math
 import numbers
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, NoReturn
 
 import numpy as np
 
 from gdr import _arrays
-from gdr._arrays import FLOATS, INTEGERS, Meta
-
-MAX_HEAD_DIM = 256
-DEVICE_FLOATS = ("float32", "float16", "bfloat16")
-LAYOUTS = ("kv", "vk")
-
-# Operands in the order in which they enter a signature.
-OPERANDS = (
-    "q",
-    "k",
-    "v",
-    "out",
-    "A_log",
-    "dt_bias",
-    "a",
-    "b",
-    "g",
-    "beta",
-    "initial_state",
-    "initial_slots",
-    "final_state",
-    "final_slots",
-    "cu_seqlens",
-)
-
-REQUIRED = ("q", "k", "v", "A_log", "dt_bias", "a", "b", "g", "beta")
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Spec:
-    """What a call is, from metadata alone; made once a signature.
-
-    `strides` count elements.  `plan` is the backend's own: whatever it derives from the rest.
-    """
-
-    op: str
-    device: str | int
-    B: int
-    T: int
-    N: int
-    H: int
-    HV: int
-    K: int
-    V: int
-    dtype: str
-    compute: str
-    gates: str
-    l2norm: bool
-    varlen: bool
-    layout: str
-    initial_dtype: str | None
-    final_dtype: str | None
-    dtypes: dict[str, str]
-    shapes: dict[str, tuple[int, ...]]
-    strides: dict[str, tuple[int, ...]]
-    plan: dict[str, Any] = field(default_factory=dict)
+from gdr._spec import LAYOUTS, OPERANDS, Spec, describe
 
 
 @dataclass(slots=True, eq=False)
@@ -161,7 +106,7 @@ def prepare(
             key += (type(x), library.signature(x))
     spec = _specs.get(key)
     if spec is None:
-        spec = _describe(op, operands, names, l2norm, layout, output_final_state)
+        spec = describe(op, operands, names, bool(l2norm), layout, output_final_state)
         if len(_specs) >= _MAX_SPECS:
             _specs.clear()
         _specs[key] = spec
@@ -190,9 +135,8 @@ def prepare(
             if x is not None:
                 setattr(call, name, _arrays.library_of(x).adopt(x))
     if op == "gate":
-        shape = spec.shapes["a"]
-        call.g = call.library.empty(shape, spec.compute, spec.device)
-        call.beta = call.library.empty(shape, spec.compute, spec.device)
+        call.g = call.library.empty(spec.shapes["g"], spec.compute, spec.device)
+        call.beta = call.library.empty(spec.shapes["beta"], spec.compute, spec.device)
         return call
     if check if check is not None else spec.device == "cpu":
         _check_values(call, names)
@@ -206,233 +150,6 @@ def prepare(
 def _refuse(operands: dict[str, Any], names: dict[str, str], x: Any) -> NoReturn:
     name = next(n for n, value in operands.items() if value is x)
     raise TypeError(f"{names.get(name, name)}: expected a NumPy, CuPy, torch or JAX array, got {type(x).__name__}")
-
-
-def _describe(
-    op: str,
-    operands: dict[str, Any],
-    names: dict[str, str],
-    l2norm: bool,
-    layout: str,
-    output_final_state: bool,
-) -> Spec:
-    for name in REQUIRED:
-        if name in operands and operands[name] is None:
-            raise TypeError(f"{names.get(name, name)}: expected an array, got None")
-    meta = {name: _meta(names.get(name, name), operands[name]) for name in OPERANDS if operands.get(name) is not None}
-    said = {name: names.get(name, name) for name in OPERANDS}
-    device = _one_device(meta, said)
-    if op == "gate":
-        return _describe_gate(meta, said, device)
-
-    floats = FLOATS if device == "cpu" else DEVICE_FLOATS
-    for name, axes in (("q", "[B, T, H, K]"), ("k", "[B, T, H, K]"), ("v", "[B, T, HV, V]")):
-        if len(meta[name].shape) != 4:
-            raise ValueError(f"{said[name]}: expected shape {axes}, got {meta[name].shape}")
-    B, T, H, K = meta["q"].shape
-    HV, V = meta["v"].shape[2:]
-    _shape(said["k"], meta["k"], (B, T, H, K), "q's shape [B, T, H, K]")
-    _shape(said["v"], meta["v"], (B, T, HV, V), "[B, T, HV, V] with q's B and T")
-    if H < 1 or HV < 1 or HV % H:
-        raise ValueError(
-            f"{said['v']}: expected a number of value heads HV that is a multiple of q's H = {H}, got HV = {HV}"
-        )
-    for name, what, extent in (("q", "K", K), ("v", "V", V)):
-        if not 1 <= extent <= MAX_HEAD_DIM:
-            raise ValueError(f"{said[name]}: expected a head dimension {what} from 1 to {MAX_HEAD_DIM}, got {extent}")
-    dtype = _dtype(said["q"], meta["q"], floats)
-    for name in ("k", "v", "out"):
-        if name in meta and meta[name].dtype != dtype:
-            raise TypeError(f"{said[name]}: expected q's dtype {dtype}, got {meta[name].dtype}")
-    if "out" in meta:
-        _shape(said["out"], meta["out"], (B, T, HV, V), "v's shape [B, T, HV, V]")
-        _disjoint(said["out"], meta["out"])
-
-    gates = "raw" if "A_log" in meta else "given"
-    for name in ("a", "b") if gates == "raw" else ("g", "beta"):
-        _dtype(said[name], meta[name], floats)
-        meta[name] = _per_token(said[name], meta[name], B, T, HV)
-    if gates == "raw":
-        for name in ("A_log", "dt_bias"):
-            _dtype(said[name], meta[name], floats)
-            _shape(said[name], meta[name], (HV,), "[HV]")
-
-    N = B
-    if "cu_seqlens" in meta:
-        N = _indices(said["cu_seqlens"], meta["cu_seqlens"], device) - 1
-        if N < 0:
-            raise ValueError(f"{said['cu_seqlens']}: expected shape [N + 1], got {meta['cu_seqlens'].shape}")
-        if B != 1:
-            raise ValueError(f"{said['cu_seqlens']}: packed sequences need B == 1 in q, k and v, got B = {B}")
-
-    state_shape = (HV, K, V) if layout == "kv" else (HV, V, K)
-    axes = "[slots, HV, K, V]" if layout == "kv" else "[slots, HV, V, K]"
-    for name, slots in (("initial_state", "initial_slots"), ("final_state", "final_slots")):
-        if name not in meta:
-            if slots in meta and not ("initial_state" in meta and slots == "final_slots"):
-                raise ValueError(f"{said[slots]}: given without {said[name]}")
-            continue
-        _dtype(said[name], meta[name], floats)
-        if len(meta[name].shape) != 4 or meta[name].shape[1:] != state_shape:
-            raise ValueError(
-                f"{said[name]}: expected shape {axes} = [*, {', '.join(map(str, state_shape))}] "
-                f"for layout {layout!r}, got {meta[name].shape}"
-            )
-        if slots in meta:
-            if _indices(said[slots], meta[slots], device) != N:
-                raise ValueError(f"{said[slots]}: expected shape [N] = [{N}], got {meta[slots].shape}")
-        elif meta[name].shape[0] != N:
-            raise ValueError(
-                f"{said[name]}: expected one state for each of the N = {N} sequences, got {meta[name].shape[0]}"
-            )
-    if "final_state" in meta:
-        _disjoint(said["final_state"], meta["final_state"])
-
-    compute = (
-        "float64" if "float64" in (dtype, *(meta[n].dtype for n in ("initial_state",) if n in meta)) else "float32"
-    )
-    if output_final_state:
-        meta["final_state"] = _contiguous((N, *state_shape), compute, device)
-    if "out" not in meta:
-        meta["out"] = _contiguous((B, T, HV, V), dtype, device)
-    if device != "cpu":
-        for name in ("q", "k", "v", "out", "initial_state", "final_state"):
-            if name in meta and meta[name].shape[-1] > 1 and meta[name].strides[-1] != 1:
-                raise ValueError(
-                    f"{said[name]}: expected a last axis of stride 1 on a CUDA device, "
-                    f"got strides {meta[name].strides} (in elements)"
-                )
-    return Spec(
-        op=op,
-        device=device,
-        B=B,
-        T=T,
-        N=N,
-        H=H,
-        HV=HV,
-        K=K,
-        V=V,
-        dtype=dtype,
-        compute=compute,
-        gates=gates,
-        l2norm=bool(l2norm),
-        varlen="cu_seqlens" in meta,
-        layout=layout,
-        initial_dtype=meta["initial_state"].dtype if "initial_state" in meta else None,
-        final_dtype=meta["final_state"].dtype if "final_state" in meta else None,
-        dtypes={name: m.dtype for name, m in meta.items()},
-        shapes={name: m.shape for name, m in meta.items()},
-        strides={name: m.strides for name, m in meta.items()},
-    )
-
-
-def _describe_gate(meta: dict[str, Meta], said: dict[str, str], device: str | int) -> Spec:
-    floats = FLOATS if device == "cpu" else DEVICE_FLOATS
-    for name in ("A_log", "dt_bias", "a", "b"):
-        _dtype(said[name], meta[name], floats)
-    shape = meta["a"].shape
-    if len(shape) not in (2, 3):
-        raise ValueError(f"{said['a']}: expected shape [B, T, HV] or [tokens, HV], got {shape}")
-    B, T, HV = (1, *shape) if len(shape) == 2 else shape
-    _shape(said["b"], meta["b"], shape, "a's shape")
-    for name in ("A_log", "dt_bias"):
-        _shape(said[name], meta[name], (HV,), "[HV]")
-    compute = "float64" if "float64" in (meta["a"].dtype, meta["b"].dtype) else "float32"
-    strides = {name: m.strides for name, m in meta.items()}
-    for name in ("a", "b"):
-        strides[name] = _per_token(said[name], meta[name], B, T, HV).strides
-    return Spec(
-        op="gate",
-        device=device,
-        B=B,
-        T=T,
-        N=B,
-        H=HV,
-        HV=HV,
-        K=1,
-        V=1,
-        dtype=meta["a"].dtype,
-        compute=compute,
-        gates="raw",
-        l2norm=False,
-        varlen=False,
-        layout="kv",
-        initial_dtype=None,
-        final_dtype=None,
-        dtypes={name: m.dtype for name, m in meta.items()},
-        shapes={name: m.shape for name, m in meta.items()},
-        strides=strides,
-    )
-
-
-def _meta(name: str, x: Any) -> Meta:
-    try:
-        return _arrays.library_of(x).meta(x)
-    except TypeError as error:
-        raise TypeError(f"{name}: {error}") from None
-
-
-def _one_device(meta: dict[str, Meta], said: dict[str, str]) -> str | int:
-    first, device = next((name, m.device) for name, m in meta.items())
-    for name, m in meta.items():
-        if m.device != device:
-            raise TypeError(
-                f"{said[name]}: expected an array on the same device as {said[first]} "
-                f"({_place(device)}), got one on {_place(m.device)}; nothing is copied between devices silently"
-            )
-    return device
-
-
-def _place(device: str | int) -> str:
-    return "the host" if device == "cpu" else f"CUDA device {device}"
-
-
-def _shape(name: str, meta: Meta, want: tuple[int, ...], words: str) -> None:
-    if meta.shape != want:
-        raise ValueError(f"{name}: expected {words} = {list(want)}, got {list(meta.shape)}")
-
-
-def _dtype(name: str, meta: Meta, allowed: tuple[str, ...]) -> str:
-    if meta.dtype not in allowed:
-        raise TypeError(f"{name}: expected dtype {', '.join(allowed)} on {_place(meta.device)}, got {meta.dtype}")
-    return meta.dtype
-
-
-def _per_token(name: str, meta: Meta, B: int, T: int, HV: int) -> Meta:
-    """`meta` of a [B, T, HV] operand; [B * T, HV], which SGLang's callers pass, is the same memory read as 3-D."""
-    if meta.shape == (B, T, HV):
-        return meta
-    if meta.shape == (B * T, HV):
-        token, head = meta.strides
-        return meta._replace(shape=(B, T, HV), strides=(T * token, token, head))
-    raise ValueError(f"{name}: expected shape [B, T, HV] = {[B, T, HV]}, got {list(meta.shape)}")
-
-
-def _indices(name: str, meta: Meta, device: str | int) -> int:
-    if meta.dtype not in INTEGERS:
-        raise TypeError(f"{name}: expected dtype int32 or int64, got {meta.dtype}")
-    if len(meta.shape) != 1:
-        raise ValueError(f"{name}: expected one axis, got shape {list(meta.shape)}")
-    if device != "cpu" and meta.shape[0] > 1 and meta.strides[0] != 1:
-        raise ValueError(f"{name}: expected a contiguous array on a CUDA device, got stride {meta.strides[0]}")
-    return meta.shape[0]
-
-
-def _disjoint(name: str, meta: Meta) -> None:
-    """Refuse to write an array whose elements overlap one another."""
-    reach = 1
-    for stride, extent in sorted((abs(s), n) for s, n in zip(meta.strides, meta.shape, strict=True) if n > 1):
-        if stride < reach:
-            raise ValueError(f"{name}: is written, so its elements must not overlap; got strides {meta.strides}")
-        reach = stride * (extent - 1) + reach
-
-
-def _contiguous(shape: tuple[int, ...], dtype: str, device: str | int) -> Meta:
-    strides, step = [], 1
-    for extent in reversed(shape):
-        strides.append(step)
-        step *= extent
-    return Meta(shape, tuple(reversed(strides)), dtype, device)
 
 
 def number(name: str, value: Any) -> float:

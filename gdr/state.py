@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from gdr import _arrays, _backends, _inputs, _state_file
+from gdr import _arrays, _backends, _inputs, _spec, _state_file
 
 _STATE_NAMES = {
     "initial_state": "the pool",
@@ -100,14 +100,14 @@ class DeltaRuleState:
         for name, value, most in (
             ("num_slots", num_slots, 2**31 - 1),
             ("num_v_heads", num_v_heads, 2**15),
-            ("head_k_dim", head_k_dim, _inputs.MAX_HEAD_DIM),
-            ("head_v_dim", head_v_dim, _inputs.MAX_HEAD_DIM),
+            ("head_k_dim", head_k_dim, _spec.MAX_HEAD_DIM),
+            ("head_v_dim", head_v_dim, _spec.MAX_HEAD_DIM),
             ("num_k_heads", num_k_heads, 2**15),
         ):
             _inputs.check_whole_number(name, value, most)
         if num_v_heads % num_k_heads:
             raise ValueError(f"num_k_heads: expected a divisor of num_v_heads = {num_v_heads}, got {num_k_heads}")
-        if layout not in _inputs.LAYOUTS:
+        if layout not in _spec.LAYOUTS:
             raise ValueError(f"layout: expected 'kv' or 'vk', got {layout!r}")
         _inputs.check_flag("use_qk_l2norm", use_qk_l2norm)
         self.num_slots, self.num_v_heads, self.num_k_heads = (
@@ -565,7 +565,7 @@ def _cuda_state() -> Any:
 
 def _state_dtype(dtype: Any, device: str) -> str:
     name = dtype if isinstance(dtype, str) else np.dtype(dtype).name
-    allowed = _arrays.FLOATS if device == "cpu" else _inputs.DEVICE_FLOATS
+    allowed = _arrays.FLOATS if device == "cpu" else _spec.DEVICE_FLOATS
     if name not in allowed:
         raise ValueError(f"dtype: expected one of {', '.join(allowed)} on {device}, got {name!r}")
     return name
