@@ -1,0 +1,155 @@
+// The fused recurrence on states [slots, HV, V, K].
+//
+// A block owns some rows (value columns) of one head's state of one sequence; they stay in registers from the first
+// token to the last. kLanes lanes share a row, each with the same columns of all of its rows, so that the products of
+// the rows with k and q are sums over lanes of one warp: warps never wait for one another but for tokens.
+// How many rows a block takes may depend on the batch: the sums are the same trees for every choice.
+//
+//   GDR_ROWS          rows a lane works on at a time
+//   GDR_WARPS         warps of a block
+//   GDR_MIN_BLOCKS    blocks a multiprocessor should hold
+#include "gdr/recurrent.cuh"
+
+using namespace gdr;
+
+namespace {
+
+constexpr int lanes_for(int chunks) {
+    int lanes = 1;
+    while (lanes < chunks && lanes < 16) lanes *= 2;
+    return lanes;
+}
+
+constexpr int kLanes = lanes_for(ceil_div(kK, kChunk));
+constexpr int kLaneRows = GDR_ROWS, kWarps = GDR_WARPS, kThreads = 32 * kWarps;
+constexpr int kWarpRows = 32 / kLanes;                      // rows that a warp holds side by side
+constexpr int kRows = kWarps * kLaneRows * kWarpRows;       // rows of a block
+constexpr int kSharers = kLanes / kLaneRows;                // lanes that end up with the same sum
+static_assert(kLaneRows <= kLanes && kLanes % kLaneRows == 0);
+
+using LaneToken = Token<kLanes, kChunk>;
+using Tokens = TokenBlock<kLanes, kChunk, kRows>;
+constexpr int kChunks = LaneToken::kChunks;
+
+struct Tile {
+    StateChunk chunks[kLaneRows][kChunks];
+    int part, row;  // this lane's share of a row, and its first row
+
+    __device__ __forceinline__ Tile(int lane, int first_row) : part(lane % kLanes), row(first_row + lane / kLanes) {}
+
+    __device__ __forceinline__ int valid(int r, int j) const {
+        const int left = LaneToken::kWhole ? kChunk : kK - (j * kLanes + part) * kChunk;
+        return kV % kRows == 0 || row + r * kWarpRows < kV ? left : 0;
+    }
+    __device__ __forceinline__ i64 index(int r, int j, i64 stride) const {
+        return (row + r * kWarpRows) * (kDenseStates ? kK : stride) + (j * kLanes + part) * kChunk;
+    }
+    __device__ __forceinline__ void load(const void* state, i64 stride) {
+#pragma unroll
+        for (int r = 0; r < kLaneRows; ++r)
+#pragma unroll
+            for (int j = 0; j < kChunks; ++j) chunks[r][j].load(state, index(r, j, stride), valid(r, j));
+    }
+    __device__ __forceinline__ void open() {
+#pragma unroll
+        for (int r = 0; r < kLaneRows; ++r)
+#pragma unroll
+            for (int j = 0; j < kChunks; ++j) chunks[r][j].open();
+    }
+    __device__ __forceinline__ void store(void* state, i64 stride) {
+#pragma unroll
+        for (int r = 0; r < kLaneRows; ++r)
+#pragma unroll
+            for (int j = 0; j < kChunks; ++j) chunks[r][j].store(state, index(r, j, stride), valid(r, j));
+    }
+
+    // One token. `v` is the value of the row whose sums this lane ends up with; the row's output is returned.
+    __device__ __forceinline__ float step(LaneToken& token, const Scalars& s, float v, int lane) {
+        float hk[kLaneRows], hq[kLaneRows];
+#pragma unroll
+        for (int r = 0; r < kLaneRows; ++r) {
+            hk[r] = hq[r] = 0.f;
+#pragma unroll
+            for (int j = 0; j < kChunks; ++j) {
+                float h[kChunk];
+                chunks[r][j].get(h);
+#pragma unroll
+                for (int i = 0; i < kChunk; ++i) {
+                    hk[r] = fmaf(h[i], token.k[j * kChunk + i], hk[r]);
+                    hq[r] = fmaf(h[i], token.q[j * kChunk + i], hq[r]);
+                }
+            }
+        }
+        sum_transposed<kLaneRows, kLanes / 2, 1>(hk, lane);
+        sum_transposed<kLaneRows, kLanes / 2, 1>(hq, lane);
+        const float u = s.u(hk[0], v), scaled_u = s.k_scale * u;
+#pragma unroll
+        for (int r = 0; r < kLaneRows; ++r) {
+            const float row_u = __shfl_sync(0xffffffffu, scaled_u, lane - part + r * kSharers);
+#pragma unroll
+            for (int j = 0; j < kChunks; ++j) {
+                float h[kChunk];
+                chunks[r][j].get(h);
+#pragma unroll
+                for (int i = 0; i < kChunk; ++i) h[i] = fmaf(token.k[j * kChunk + i], row_u, s.decay * h[i]);
+                chunks[r][j].set(h);
+            }
+        }
+        return s.o(hq[0], u);
+    }
+};
+
+}  // namespace
+
+extern "C" __global__ void __launch_bounds__(kThreads, GDR_MIN_BLOCKS)
+    fused_recurrent_vk(const __grid_constant__ Params p) {
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, hv = blockIdx.y;
+    const i64 n = p.first_sequence + static_cast<i64>(blockIdx.z);
+    const int block_row = blockIdx.x * kRows;
+    Tile tile(lane, block_row + warp * (kLaneRows * kWarpRows));
+
+    // The row whose sums this lane ends up with.
+    const int own = tile.row + tile.part / kSharers * kWarpRows;
+    const bool writes = tile.part % kSharers == 0 && own < kV;
+
+    const Rows rows(p, n);
+    const Span span = find_span(p, n);
+    if constexpr (kOneToken) {
+        LaneToken token;
+        Gates gates;
+        token.load(p, span, 0, hv / p.group, tile.part);
+        gates.load(p, span, 0, hv);
+        const float v = own < kV ? load<kQkv>(p.v, offset_of(p.v_strides, span, 0, hv) + own) : 0.f;
+        const Work work(p, rows, hv);
+        if (work.padding) return write_zeros(p, span, hv, block_row, min(block_row + kRows, kV));
+        tile.load(work.read, p.initial_strides.row);
+        const Scalars s = token.scalars(p.scale, gates.decay(p), gates.beta());
+        tile.open();
+        const float o = tile.step(token, s, v, lane);
+        tile.store(work.write, p.final_strides.row);
+        if (writes) store<kQkv>(p.out, offset_of(p.out_strides, span, 0, hv) + own, o);
+    } else {
+        __shared__ Tokens tokens;
+        const Work work(p, rows, hv);
+        if (work.padding) return write_zeros(p, span, hv, block_row, min(block_row + kRows, kV));
+        if (work.nothing_to_do(span)) return;
+        tile.load(work.read, p.initial_strides.row);
+        tile.open();
+#pragma unroll 1
+        for (i64 first = 0; first < span.length; first += kTokens) {
+            if (first > 0) __syncthreads();
+            tokens.fill<kThreads>(p, span, first, hv, block_row);
+            __syncthreads();
+            const int count = static_cast<int>(min(span.length - first, static_cast<i64>(kTokens)));
+            char* out = at(p.out, kQkv, offset_of(p.out_strides, span, first, hv) + own);
+#pragma unroll 1
+            for (int t = 0; t < count; ++t) {
+                LaneToken token;
+                tokens.read(t, tile.part, token);
+                const float o = tile.step(token, tokens.scalars[t], tokens.v[t][own - block_row], lane);
+                if (writes) store<kQkv>(out, t * p.out_strides.token, o);
+            }
+        }
+        tile.store(work.write, p.final_strides.row);
+    }
+}

@@ -1,0 +1,91 @@
+// The PTX that CUDA C++ has no spelling for without its headers. All inline assembly of the recurrence is here.
+#pragma once
+
+namespace gdr {
+
+using i64 = long long;
+using u16 = unsigned short;
+using u32 = unsigned int;
+
+namespace ptx {
+
+__device__ __forceinline__ float half_to_float(u16 x) {
+    float y;
+    asm("cvt.f32.f16 %0, %1;" : "=f"(y) : "h"(x));
+    return y;
+}
+
+__device__ __forceinline__ u16 float_to_half(float x) {
+    u16 y;
+    asm("cvt.rn.f16.f32 %0, %1;" : "=h"(y) : "f"(x));
+    return y;
+}
+
+__device__ __forceinline__ float bfloat16_to_float(u16 x) { return __uint_as_float(u32{x} << 16); }
+
+__device__ __forceinline__ u16 float_to_bfloat16(float x) {
+#if __CUDA_ARCH__ >= 800
+    u16 y;
+    asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(y) : "f"(x));
+    return y;
+#else  // the same rounding, to nearest even, by hand
+    const u32 bits = __float_as_uint(x);
+    if (x != x) return 0x7fff;
+    return static_cast<u16>((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
+#endif
+}
+
+__device__ __forceinline__ u32 floats_to_bfloat16s(float low, float high) {
+#if __CUDA_ARCH__ >= 800
+    u32 y;
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(y) : "f"(high), "f"(low));
+    return y;
+#else
+    return float_to_bfloat16(low) | (u32{float_to_bfloat16(high)} << 16);
+#endif
+}
+
+// Loads and stores are volatile: they are issued where the code says, above all before the waits that they overlap.
+// The states pass through once, so their loads leave L1 alone and their stores are the first to leave L2.
+
+__device__ __forceinline__ void load_streaming(const void* from, u32 (&x)[4]) {
+    asm volatile("ld.global.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(x[0]), "=r"(x[1]), "=r"(x[2]), "=r"(x[3])
+                 : "l"(from));
+}
+
+__device__ __forceinline__ void store_streaming(void* to, const u32 (&x)[4]) {
+    asm volatile("st.global.cs.v4.u32 [%0], {%1, %2, %3, %4};"
+                 :
+                 : "l"(to), "r"(x[0]), "r"(x[1]), "r"(x[2]), "r"(x[3])
+                 : "memory");
+}
+
+__device__ __forceinline__ void load16(const void* from, u32* x) {
+    asm volatile("ld.global.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(x[0]), "=r"(x[1]), "=r"(x[2]), "=r"(x[3])
+                 : "l"(from));
+}
+
+__device__ __forceinline__ void load8(const void* from, u32* x) {
+    asm volatile("ld.global.v2.u32 {%0, %1}, [%2];" : "=r"(x[0]), "=r"(x[1]) : "l"(from));
+}
+
+__device__ __forceinline__ u32 load4(const void* from) {
+    u32 x;
+    asm volatile("ld.global.u32 %0, [%1];" : "=r"(x) : "l"(from));
+    return x;
+}
+
+__device__ __forceinline__ u16 load2(const void* from) {
+    u16 x;
+    asm volatile("ld.global.u16 %0, [%1];" : "=h"(x) : "l"(from));
+    return x;
+}
+
+// Makes a register's value unknown to the compiler, which then converts it again where it is used rather than keep
+// the converted values alive.
+__device__ __forceinline__ void forget(u32& x) { asm volatile("" : "+r"(x)); }
+
+}  // namespace ptx
+}  // namespace gdr
