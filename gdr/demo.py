@@ -24,6 +24,7 @@ import numpy as np
 
 from gdr._threads import one_blas_thread
 from gdr.state import DeltaRuleState
+from gdr.varlen import cu_seqlens_of
 
 HEADS, KEY_DIM, VALUE_DIM = 4, 256, 64
 # How much the last 1, 2, 3 and 4 bytes weigh in a key.
@@ -158,8 +159,7 @@ def _packed(operands: list[_Operands], parts: list[slice], xp: Any) -> tuple[_Op
     packed = _Operands(
         *(xp.asarray(np.concatenate([x[part] for x, part in zip(xs, parts)])[None]) for xs in zip(*operands))
     )
-    lengths = [part.stop - part.start for part in parts]
-    return packed, xp.asarray(np.cumsum([0, *lengths], dtype=np.int32))
+    return packed, xp.asarray(cu_seqlens_of([part.stop - part.start for part in parts]))
 
 
 def read(texts: Sequence[Text], device: str = "cpu", progress: Any = None) -> Reading:
