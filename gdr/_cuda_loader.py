@@ -151,17 +151,7 @@ def compute_capability(device: int) -> int:
 
 
 def require_device(device: int) -> Any:
-    """Return CuPy, or say why CUDA device `device` cannot be used."""
-    cupy = _import_cupy()
-    count = _device_count(cupy)
-    if device >= count:
-        raise CudaUnavailable(f"CUDA device {device} was asked for, but {count} are visible")
-    require("gdr", device, OLDEST)
-    return cupy
-
-
-def require_device(device: int) -> Any:
-    """CuPy, if the device is there and new enough for any kernel; raises `CudaUnavailable` if not."""
+    """Return CuPy, or say why a CUDA device cannot be used."""
     cupy = _import_cupy()
     count = _device_count(cupy)
     if not 0 <= device < count:
