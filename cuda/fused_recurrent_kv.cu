@@ -1,4 +1,5 @@
 // The fused recurrence on states [slots, HV, K, V].
+// options: -fmad=false
 //
 // A block owns some columns of one head's state of one sequence; they stay in registers from the first token to the
 // last. The rows are dealt to kSplits splits of kSteps neighbouring rows. A column's products with k and q are sums

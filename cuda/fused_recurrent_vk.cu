@@ -1,4 +1,5 @@
 // The fused recurrence on states [slots, HV, V, K].
+// options: -fmad=false
 //
 // A block owns some rows (value columns) of one head's state of one sequence; they stay in registers from the first
 // token to the last. kLanes lanes share a row, each with the same columns of all of its rows, so that the products of

@@ -331,7 +331,7 @@ struct Work {
 
     __device__ __forceinline__ Work(const Params& p, const Rows& rows, int hv) {
         const i64 from = rows.read(), to = rows.write();
-        padding = (p.initial_state != nullptr || p.initial_slots != nullptr) && !inside(from, p.initial_rows);
+        padding = kHasInitial && !inside(from, p.initial_rows);
         if constexpr (kHasInitial) read = at(p.initial_state, kInitial, from * p.initial_strides.slot + hv * p.initial_strides.head);
         if constexpr (kHasFinal) {
             padding |= !inside(to, p.final_rows);
