@@ -25,7 +25,7 @@ PARAMS = {"fused_recurrent_kv": _params, "fused_recurrent_vk": _params}
 class Tile(NamedTuple):
     """How a kernel divides a state: definitions, threads of a block, and value columns that a block owns."""
 
-    defines: dict[str, int]
+    defines: dict[str, _cuda_loader.Define]
     threads: int
     columns: int
 
@@ -178,14 +178,14 @@ def _pick_vk(K: int, V: int, chunk: int, heads: int, multiprocessors: int) -> Ti
     lanes = min(16, _power_of_two(-(-K // chunk)))
     share = -(-K // (lanes * chunk)) * chunk  # elements of a row that a lane holds
     warps, warp_rows = 4, 32 // lanes
-    rows = min(lanes, 64 // share)
+    rows = min(lanes, 1 << ((64 // share).bit_length() - 1))  # a power of two
     while rows > 1 and (
         warps * rows * warp_rows >= 2 * V or heads * -(-V // (warps * rows * warp_rows)) < 3 * multiprocessors
     ):
         rows //= 2
     held = (rows + 2) * share  # the state's elements, and k and q
     min_blocks = 4 if held > 48 else 6 if held > 32 else 8
-    defines = {"GDR_ROWS": rows, "GDR_WARPS": warps, "GDR_MIN_BLOCKS": min_blocks}
+    defines: dict[str, _cuda_loader.Define] = {"GDR_ROWS": rows, "GDR_WARPS": warps, "GDR_MIN_BLOCKS": min_blocks}
     return Tile(defines, 32 * warps, warps * rows * warp_rows)
 
 
@@ -199,7 +199,7 @@ def _pick_kv(K: int, V: int, chunk: int, heads: int, multiprocessors: int) -> Ti
         lanes //= 2
     held = held * lanes // 32
     min_blocks = (2 if held > 32 else 3 if held > 16 else 4) * 8 // warps
-    defines = {"GDR_LANES": lanes, "GDR_WARPS": warps, "GDR_MIN_BLOCKS": min_blocks}
+    defines: dict[str, _cuda_loader.Define] = {"GDR_LANES": lanes, "GDR_WARPS": warps, "GDR_MIN_BLOCKS": min_blocks}
     return Tile(defines, 32 * warps, lanes * chunk)
 
 

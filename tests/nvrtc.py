@@ -64,9 +64,7 @@ def include_options() -> list[str]:
     return [f"-I{cudart}", f"-I{cudart}/cccl"] if cudart else []
 
 
-def compile(
-    stem: str, defines: Mapping[str, loader.Define], arch: int, directory: Path | None = None
-) -> Compiled:
+def compile(stem: str, defines: Mapping[str, loader.Define], arch: int, directory: Path | None = None) -> Compiled:
     """Compile one specialisation for one architecture, 90 for sm_90."""
     source = loader.read_source(stem, directory)
     text = loader.compose(source, defines)
@@ -108,9 +106,20 @@ def compile(
 
 
 def compile_all(jobs: Iterable[tuple[str, Mapping[str, loader.Define], int]]) -> list[Compiled]:
-    """Compile many (stem, defines, arch) on all processors; NVRTC works without Python's lock."""
+    """Compile many (stem, defines, arch) on all processors, as NVRTC holds no lock; every failure is reported."""
+
+    def attempt(job: tuple[str, Mapping[str, loader.Define], int]) -> Compiled | Failed:
+        try:
+            return compile(*job)
+        except Failed as error:
+            return error
+
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        return list(pool.map(lambda job: compile(*job), jobs))
+        results = list(pool.map(attempt, jobs))
+    failures = [str(result) for result in results if isinstance(result, Failed)]
+    if failures:
+        raise Failed(f"{len(failures)} of {len(results)} kernels do not compile\n" + "\n".join(failures[:10]))
+    return [result for result in results if isinstance(result, Compiled)]
 
 
 def report(compiled: Iterable[Compiled]) -> str:
@@ -126,9 +135,7 @@ def report(compiled: Iterable[Compiled]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("stem")
     parser.add_argument("--arch", type=int, nargs="+", default=[90])
     parser.add_argument("--sources", type=Path, help="another directory of sources")

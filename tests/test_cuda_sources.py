@@ -1,0 +1,149 @@
+"""Every CUDA kernel compiles for every GPU it is made for; needs NVRTC, no GPU."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from itertools import product
+from typing import Any
+
+import pytest
+
+from gdr import _cuda_loader as loader
+from gdr import warmup
+from gdr._spec import Spec
+
+pytest.importorskip("cuda.bindings.nvrtc")
+nvrtc = pytest.importorskip("nvrtc")
+
+DTYPES = ("float32", "float16", "bfloat16")
+MULTIPROCESSORS = 132
+Job = tuple[str, dict[str, Any]]
+
+
+def recurrent_specs() -> Iterator[Spec]:
+    """Calls that between them choose every kernel of the recurrence for K = V = 128, and some for other sizes."""
+    heads = {"H": 16, "HV": 32}
+    kinds = ({"T": 1}, {"T": 4}, {"T": 64, "sequences": 3})
+    for layout, kind in product(("kv", "vk"), kinds):
+        square = {**heads, **kind, "K": 128, "V": 128, "layout": layout}
+        for dtype, state in product(DTYPES, DTYPES):
+            for B in (1,) if "sequences" in kind else (1, 8, 256):
+                yield warmup.make_spec("fused_recurrent", B=B, dtype=dtype, state_dtype=state, **square)
+        variants: tuple[dict[str, Any], ...] = (
+            {"gates": "given"},
+            {"l2norm": False},
+            {"gates": "given", "state_dtype": None, "final_dtype": "float32"},
+            {"final_dtype": None},
+            {"state_dtype": None},
+            {"pad": 3},
+            {"pad": 8},
+            {"pad": 3, "dtype": "float32", "state_dtype": "bfloat16"},
+        )
+        for variant in variants:
+            yield warmup.make_spec("fused_recurrent", B=1, **square, **variant)
+        for (K, V), state in product(((64, 64), (256, 256), (192, 128), (96, 80), (100, 60), (1, 1)), DTYPES[::2]):
+            shape = {**square, "K": K, "V": V}
+            yield warmup.make_spec("fused_recurrent", B=1, state_dtype=state, **shape)
+            if "sequences" not in kind:
+                yield warmup.make_spec("fused_recurrent", B=256, state_dtype=state, **shape)
+
+
+def chunk_specs() -> Iterator[Spec]:
+    """Calls that choose every kernel of the chunkwise form for K = V = 128, and some for other sizes."""
+    shape = {"H": 16, "HV": 32, "K": 128, "V": 128}
+    lengths = ({"B": 1, "T": 4096}, {"B": 64, "T": 256}, {"B": 1, "T": 4096, "sequences": 7})
+    for layout, dtype, state in product(("kv", "vk"), DTYPES, DTYPES):
+        for length in lengths:
+            yield warmup.make_spec("chunk", dtype=dtype, state_dtype=state, layout=layout, **length, **shape)
+    variants: tuple[dict[str, Any], ...] = (
+        {"gates": "given"},
+        {"gates": "given", "state_dtype": None, "final_dtype": "float32"},
+        {"l2norm": False},
+        {"state_dtype": None},
+        {"final_dtype": None},
+        {"pad": 3},
+    )
+    for layout, length, variant in product(("kv", "vk"), lengths, variants):
+        yield warmup.make_spec("chunk", layout=layout, **length, **shape, **variant)
+    for K, V in ((64, 64), (256, 256), (96, 80), (100, 60), (1, 1)):
+        for length in lengths:
+            yield warmup.make_spec("chunk", H=2, HV=4, K=K, V=V, **length)
+
+
+def jobs(specs: Iterable[Spec], arch: int) -> list[Job]:
+    """The different kernels that calls choose on a GPU."""
+    return list(dict(warmup.specializations(list(specs), MULTIPROCESSORS, arch)).values())
+
+
+def all_specs() -> list[Spec]:
+    return [*recurrent_specs(), *chunk_specs(), warmup.make_spec("gate", B=1, T=1, H=1, HV=1, K=1, V=1)]
+
+
+def covering(wanted: list[Job]) -> list[Job]:
+    """A few of the kernels that have every value of every definition at least once."""
+    missing = {(stem, item) for stem, defines in wanted for item in (*defines.items(), None)}
+    chosen = []
+    while missing:
+        job = max(wanted, key=lambda job: len(missing & {(job[0], item) for item in (*job[1].items(), None)}))
+        missing -= {(job[0], item) for item in (*job[1].items(), None)}
+        chosen.append(job)
+    return chosen
+
+
+def check(compiled: Iterable[nvrtc.Compiled]) -> None:
+    """Compare with what the launchers pass, and print what ptxas said (pytest -rP)."""
+    compiled = list(compiled)
+    print(nvrtc.report(compiled))
+    layouts = params_layouts()
+    for kernel in compiled:
+        if kernel.stem in layouts:
+            assert kernel.params == layouts[kernel.stem].size, f"the arguments of {kernel.stem} have another layout"
+
+
+def params_layouts() -> dict[str, loader.Params]:
+    """The arguments of each kernel as its launcher packs them."""
+    layouts: dict[str, loader.Params] = {}
+    for op, module in warmup.launchers():
+        stems = [path.stem for path in loader.sources().glob(f"{op}*.cu")]
+        found = [value for value in vars(module).values() if isinstance(value, loader.Params)]
+        if len(found) == 1:
+            layouts |= dict.fromkeys(stems, found[0])
+        layouts |= getattr(module, "PARAMS", {})
+    return layouts
+
+
+def test_every_source_is_a_kernel_that_some_call_uses() -> None:
+    stems = {stem for stem, _ in jobs(all_specs(), 120)}
+    assert stems == {path.stem for path in loader.sources().glob("*.cu")}
+    assert stems == set(params_layouts())
+
+
+@pytest.mark.parametrize("arch", [arch for arch in nvrtc.ARCHITECTURES if arch != 90])
+def test_kernels_compile_for(arch: int) -> None:
+    check(nvrtc.compile_all((*job, arch) for job in covering(jobs(all_specs(), arch))))
+
+
+def test_kernels_of_the_recurrence_do_not_spill_on_sm_90() -> None:
+    compiled = nvrtc.compile_all((*job, 90) for job in jobs(recurrent_specs(), 90))
+    check(compiled)
+    square = [kernel for kernel in compiled if kernel.defines["GDR_K"] == kernel.defines["GDR_V"] == 128]
+    assert square
+    spilled = [kernel for kernel in square if kernel.spills or kernel.stack]
+    assert not spilled, "\n" + nvrtc.report(spilled)
+
+
+def test_kernels_of_the_chunkwise_form_compile_for_sm_90() -> None:
+    check(nvrtc.compile_all((*job, 90) for job in covering(jobs(chunk_specs(), 90))))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", nvrtc.ARCHITECTURES)
+def test_all_kernels_compile_for(arch: int) -> None:
+    check(nvrtc.compile_all((*job, arch) for job in jobs(all_specs(), arch)))
+
+
+def test_a_failure_names_the_kernel_and_the_line(tmp_path: Any) -> None:
+    (tmp_path / "include" / "gdr").mkdir(parents=True)
+    (tmp_path / "bad.cu").write_text('// bad\nextern "C" __global__ void bad() { return nothing; }\n')
+    with pytest.raises(nvrtc.Failed, match=r"bad\.cu\(2\): error: identifier \"nothing\" is undefined"):
+        nvrtc.compile("bad", {}, 90, tmp_path)
