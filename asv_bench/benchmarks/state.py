@@ -55,9 +55,6 @@ class Slots:
         self.path = Path(self.directory.name) / "pool"
         self.state.save(self.path)
 
-    def teardown(self, backend):
-        self.directory.cleanup()
-
     def time_alloc_and_free(self, backend):
         self.state.free(self.state.alloc(8))
         synchronize(self.xp)
