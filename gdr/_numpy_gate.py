@@ -21,7 +21,7 @@ def gates(call: Call) -> tuple[np.ndarray, np.ndarray]:
         return np.ascontiguousarray(call.g, dtype), np.ascontiguousarray(call.beta, dtype)
     # Contiguous copies first: NumPy's vector loops and its strided ones may differ in the last bit.
     x = np.ascontiguousarray(call.a, dtype) + np.asarray(call.dt_bias, dtype)
-    with np.errstate(over="ignore"):  # exp overflows to inf, whose reciprocal is the right limit
+    with np.errstate(all="ignore"):  # exp overflows to inf, whose reciprocal is the right limit; NaN goes through
         beta = 1 / (1 + np.exp(-np.ascontiguousarray(call.b, dtype)))
         softplus = np.logaddexp(dtype.type(0), x * dtype.type(call.softplus_beta)) / dtype.type(call.softplus_beta)
         softplus = np.where(x * call.softplus_beta <= call.softplus_threshold, softplus, x)
