@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from gdr._warmup import warmup
 from gdr.chunk import chunk_gated_delta_rule
 from gdr.fused_recurrent import fused_recurrent_gated_delta_rule, fused_sigmoid_gating_delta_rule_update
 from gdr.gate import gated_delta_rule_gate
@@ -24,6 +25,7 @@ __all__ = [
     "reference",
     "testing",
     "varlen",
+    "warmup",
 ]
 
 _MODULES = ("reference", "testing", "varlen")

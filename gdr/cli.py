@@ -13,6 +13,7 @@ from importlib import metadata
 from typing import Any
 
 import gdr
+from gdr import selftest
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -49,8 +50,14 @@ def _parser() -> argparse.ArgumentParser:
     info = commands.add_parser("info", help="versions, backends and devices, and why CUDA is or is not usable")
     info.set_defaults(run=_info)
 
-    selftest = commands.add_parser("selftest", help="check the CUDA kernels on this machine against the reference")
-    selftest.set_defaults(run=_selftest)
+    selftest_parser = commands.add_parser(
+        "selftest",
+        help="check every operation on this machine against the float64 reference",
+        description="Check every operation, dtype and layout on this machine against the float64 reference, with "
+        "random and adversarial inputs.",
+    )
+    selftest.add_arguments(selftest_parser)
+    selftest_parser.set_defaults(run=selftest.run)
     return parser
 
 
@@ -148,9 +155,3 @@ def _version(*distributions: str) -> str:
         with contextlib.suppress(metadata.PackageNotFoundError):
             return metadata.version(name)
     return "not installed"
-
-
-def _selftest(args: argparse.Namespace) -> int:
-    from gdr import selftest
-
-    return selftest.main()

@@ -1,16 +1,15 @@
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 import threading
 import time
 import types
-import zipfile
 from pathlib import Path
 
 import numpy as np
 import pytest
+from fake_cupy import FakeCupy
 
 from gdr import _cuda_loader as loader
 
@@ -55,34 +54,6 @@ def toy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     loader._source.cache_clear()
     yield tmp_path
     loader._source.cache_clear()
-
-
-def test_sources_are_found_in_a_checkout() -> None:
-    directory = loader.sources()
-    assert directory in (REPOSITORY / "cuda", Path(loader.__file__).parent / "_cuda_src")
-    assert (directory / "fused_recurrent.cu").is_file()
-
-
-def test_sources_are_found_in_an_installed_wheel(tmp_path: Path) -> None:
-    pytest.importorskip("hatchling")
-    build = [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(tmp_path)]
-    subprocess.run(build, cwd=REPOSITORY, check=True, capture_output=True)
-    (wheel,) = tmp_path.glob("*.whl")
-    zipfile.ZipFile(wheel).extractall(tmp_path / "site")
-    code = "from gdr import _cuda_loader as loader; print(loader.sources(), *loader.sources().glob('*.cu'))"
-    found = subprocess.run(
-        [sys.executable, "-P" if sys.version_info >= (3, 11) else "-s", "-c", code],
-        cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": str(tmp_path / "site")},
-        check=True,
-        capture_output=True,
-        text=True,
-    ).stdout.split()
-    directory = tmp_path / "site" / "gdr" / "_cuda_src"
-    assert found[0] == str(directory)
-    assert sorted(Path(path).name for path in found[1:]) == sorted(
-        path.name for path in (REPOSITORY / "cuda").glob("*.cu")
-    )
 
 
 def test_importing_gdr_loads_no_array_library() -> None:
@@ -135,64 +106,6 @@ def test_params_are_a_c_struct_of_each_thread() -> None:
     thread.join()
     assert other != [params.address]
     assert np.frombuffer(params.buffer, np.uint64, 1)[0] == 1
-
-
-class FakeCupy(types.SimpleNamespace):
-    """As much of CuPy as the loader uses, with a driver that writes down what it is told."""
-
-    class CompileException(Exception):
-        pass
-
-    def __init__(self) -> None:
-        self.capability = "90"
-        self.compiled: list[tuple[str, tuple[str, ...]]] = []
-        self.launches: list[tuple[int, tuple]] = []
-        self.context = 11
-        self.log: str | None = None
-        driver = types.SimpleNamespace(
-            launchKernel=lambda *args: self.launches.append((self.context, args)),
-            ctxGetCurrent=lambda: self.context,
-            ctxSetCurrent=lambda context: setattr(self, "context", context),
-        )
-        super().__init__(
-            cuda=types.SimpleNamespace(
-                runtime=types.SimpleNamespace(getDeviceCount=lambda: 1),
-                driver=driver,
-                compiler=types.SimpleNamespace(CompileException=self.CompileException),
-                Device=lambda ordinal: FakeDevice(self.capability),
-            ),
-            RawModule=self.raw_module,
-        )
-
-    def raw_module(self, *, code: str, options: tuple[str, ...], backend: str) -> types.SimpleNamespace:
-        def get_function(name: str) -> types.SimpleNamespace:
-            time.sleep(0.05)
-            if self.log is not None:
-                raise self.CompileException(self.log)
-            self.compiled.append((code, options))
-            return types.SimpleNamespace(
-                kernel=types.SimpleNamespace(ptr=7),
-                num_regs=32,
-                local_size_bytes=0,
-                shared_size_bytes=1024,
-                max_threads_per_block=1024,
-                max_dynamic_shared_size_bytes=47 * 1024,
-            )
-
-        return types.SimpleNamespace(get_function=get_function)
-
-
-class FakeDevice:
-    attributes = types.MappingProxyType({"MaxSharedMemoryPerBlockOptin": 100 * 1024})
-
-    def __init__(self, capability: str) -> None:
-        self.compute_capability = capability
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, *exception: object) -> None:
-        pass
 
 
 @pytest.fixture

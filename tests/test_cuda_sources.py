@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from gdr import _cuda_loader as loader
-from gdr import warmup
+from gdr import _warmup as warmup
 from gdr._spec import Spec
 
 pytest.importorskip("cuda.bindings.nvrtc")

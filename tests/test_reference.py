@@ -97,9 +97,7 @@ def test_chunk_form_is_the_recurrence(lengths, chunk_size, heads, gates, layout,
         "state_layout": layout,
     }
     o, h = reference.fused_recurrent_gated_delta_rule(x.q, x.k, x.v, x.g, x.beta, **call)
-    o_chunk, h_chunk = reference.chunk_gated_delta_rule(
-        x.q, x.k, x.v, x.g, x.beta, chunk_size=chunk_size, **call
-    )
+    o_chunk, h_chunk = reference.chunk_gated_delta_rule(x.q, x.k, x.v, x.g, x.beta, chunk_size=chunk_size, **call)
     assert_close(o_chunk, o, rtol=1e-13, name="o")
     assert_close(h_chunk, h, rtol=1e-13, name="h")
 
@@ -118,9 +116,7 @@ def test_minus_infinity_forgets_everything(operation):
 
 def test_drop_in_is_the_gate_and_the_recurrence():
     x = make_inputs(B=3, T=6, H=2, HV=4, K=5, V=7, dtype="float64", layout="vk")
-    g, beta = reference.gated_delta_rule_gate(
-        x.A_log, x.a, x.dt_bias, x.b, softplus_beta=0.7, softplus_threshold=2.0
-    )
+    g, beta = reference.gated_delta_rule_gate(x.A_log, x.a, x.dt_bias, x.b, softplus_beta=0.7, softplus_threshold=2.0)
     want, h = reference.fused_recurrent_gated_delta_rule(
         x.q, x.k, x.v, g, beta, 0.3, x.initial_state, True, True, state_layout="vk"
     )
@@ -184,9 +180,7 @@ def test_gate_at_points_known_in_closed_form():
     np.testing.assert_allclose(
         -g.ravel(), [np.log(2.0), 9.357622968839737e-14, 20.000000002061153, 20.1, 1e4], rtol=1e-15
     )
-    np.testing.assert_allclose(
-        beta.ravel(), [0.5, 0.0, 1.0, 1 / (1 + np.exp(-1)), 1 / (1 + np.exp(1))], rtol=1e-15
-    )
+    np.testing.assert_allclose(beta.ravel(), [0.5, 0.0, 1.0, 1 / (1 + np.exp(-1)), 1 / (1 + np.exp(1))], rtol=1e-15)
     g, _ = reference.gated_delta_rule_gate([np.log(3.0)], [[1.0]], [0.5], [[0.0]], softplus_beta=2.0)
     np.testing.assert_allclose(g, [[-3.0 * np.log(1 + np.exp(3.0)) / 2.0]], rtol=1e-15)
 

@@ -22,15 +22,11 @@ def test_shapes_and_dtypes(dtype):
     assert x.q.dtype == x.k.dtype == x.v.dtype
     assert x.q.dtype.name == dtype
     wide = "float64" if dtype == "float64" else "float32"
-    assert {getattr(x, name).dtype.name for name in ("a", "b", "g", "beta", "A_log", "dt_bias", "state")} == {
-        wide
-    }
+    assert {getattr(x, name).dtype.name for name in ("a", "b", "g", "beta", "A_log", "dt_bias", "state")} == {wide}
 
 
 def test_packed_lengths_and_layout():
-    x = make_inputs(
-        lengths=[3, 0, 4], K=8, V=6, layout="vk", num_slots=3, state_dtype="bfloat16", gate_dtype="float16"
-    )
+    x = make_inputs(lengths=[3, 0, 4], K=8, V=6, layout="vk", num_slots=3, state_dtype="bfloat16", gate_dtype="float16")
     assert x.q.shape[:2] == (1, 7)
     assert x.cu_seqlens.tolist() == [0, 3, 3, 7]
     assert x.state.shape == (3, 2, 6, 8)
@@ -51,9 +47,7 @@ def test_seed_decides_everything_and_arrays_are_fresh():
 
 
 def test_gate_regimes():
-    per_regime = {
-        gates: make_inputs(T=200, HV=8, gates=gates).g for gates in ("none", "slow", "ordinary", "fast")
-    }
+    per_regime = {gates: make_inputs(T=200, HV=8, gates=gates).g for gates in ("none", "slow", "ordinary", "fast")}
     assert not per_regime["none"].any()
     assert all((g <= 0).all() and np.isfinite(g).all() for g in per_regime.values())
     medians = [-np.median(g) for g in per_regime.values()]

@@ -14,6 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from types import ModuleType
 from typing import Any
 
+from gdr._arrays import FLOATS
 from gdr._spec import DEVICE_FLOATS, LAYOUTS, MAX_HEAD_DIM, Spec
 
 LAUNCHERS = ("fused_recurrent", "chunk", "gate")
@@ -81,19 +82,17 @@ def warmup(
         raise ValueError(f"layout: expected 'kv' or 'vk', got {layout!r}")
     if device is None:
         device = "cuda" if _cuda_loader.cuda_status().usable else "cpu"
-    if device == "cpu":
-        return _warm_up_cpu()
     kind, _, number = device.partition(":")
-    if kind != "cuda" or (number and not number.isdigit()):
+    if device != "cpu" and (kind != "cuda" or (number and not number.isdigit())):
         raise ValueError(f"device: expected 'cpu', 'cuda' or 'cuda:<ordinal>', got {device!r}")
+    allowed = FLOATS if device == "cpu" else DEVICE_FLOATS
     for name, wanted in (("dtype", dtype), ("state_dtype", state_dtype)):
-        if wanted not in DEVICE_FLOATS:
-            raise ValueError(f"{name}: expected one of {', '.join(DEVICE_FLOATS)}, got {wanted!r}")
-    shape = {"H": H, "HV": HV, "K": K, "V": V}
-    specs = pool_specs(
-        **shape, dtype=dtype, state_dtype=state_dtype, layout=layout, l2norm=use_qk_l2norm, max_batch=max_batch
-    )
-    return _warm_up_cuda(int(number or 0), list(specs))
+        if wanted not in allowed:
+            raise ValueError(f"{name}: expected one of {', '.join(allowed)}, got {wanted!r}")
+    if device == "cpu":
+        return _warm_up_cpu(H, HV, K, V, dtype, state_dtype, layout)
+    pool: dict[str, Any] = {"dtype": dtype, "state_dtype": state_dtype, "layout": layout, "l2norm": use_qk_l2norm}
+    return _warm_up_cuda(int(number or 0), list(pool_specs(H=H, HV=HV, K=K, V=V, **pool, max_batch=max_batch)))
 
 
 def _warm_up_cuda(device: int, specs: list[Spec]) -> list[str]:
@@ -107,18 +106,21 @@ def _warm_up_cuda(device: int, specs: list[Spec]) -> list[str]:
         return [repr(kernel) for kernel in kernels]
 
 
-def _warm_up_cpu() -> list[str]:
+def _warm_up_cpu(H: int, HV: int, K: int, V: int, dtype: str, state_dtype: str, layout: str) -> list[str]:
+    """Numba compiles when a function meets new types: run one step and one prompt of a small pool."""
     from gdr import _backends
+    from gdr.state import DeltaRuleState
+    from gdr.testing import make_inputs
 
     if _backends.cpu_backend() != "numba":
         return []
-    done = []
-    for op in ("fused_recurrent", "chunk"):
-        name = f"gdr._numba_{op}"
-        if importlib.util.find_spec(name) is not None:
-            importlib.import_module(name).warmup()
-            done.append(f"numba kernels of {op}")
-    return done
+    x = make_inputs(B=1, T=32, H=H, HV=HV, K=K, V=V, dtype=dtype)
+    pool = {"num_k_heads": H, "A_log": x.A_log, "dt_bias": x.dt_bias, "dtype": state_dtype, "layout": layout}
+    state = DeltaRuleState(1, HV, K, V, **pool)
+    slots = state.alloc()
+    state.prefill(x.q, x.k, x.v, x.a, x.b, slots)
+    state.step(x.q[:, :1], x.k[:, :1], x.v[:, :1], x.a[:, :1], x.b[:, :1], slots)
+    return [f"<numba {op}, {dtype}, state {state_dtype} {layout}>" for op in ("fused_recurrent", "chunk")]
 
 
 def launchers() -> Iterator[tuple[str, ModuleType]]:
