@@ -100,3 +100,12 @@ def test_the_command_is_light_to_start():
     code = "import sys, gdr.cli; print(sorted({'cupy', 'torch', 'matplotlib', 'numba', 'tqdm'} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_selftest_takes_its_options(monkeypatch):
+    from gdr import selftest
+
+    seen = {}
+    monkeypatch.setattr(selftest, "run", lambda args: seen.update(vars(args)) or 1)
+    assert cli.main(["selftest", "--quick", "--device", "cpu"]) == 1
+    assert (seen["quick"], seen["device"], seen["seed"]) == (True, "cpu", 0)
