@@ -8,7 +8,7 @@ Prefill and decode of a patched model run on gdr, on the host and on CUDA device
         model.generate(**inputs)
 
 Only the given model changes: its layers get functions of their own, and the classes and modules of transformers stay
-as they are.  A patched model has no gradients, and its attention layers compile to a graph break each.
+as they are.  A patched model has no gradients, and torch.compile leaves its linear-attention layers as they are.
 """
 
 from __future__ import annotations
@@ -136,11 +136,13 @@ def _replace(layer: Any) -> None:
     names = _names_used(forward)
     # Where the cache copies new states over the old ones, the old ones can be updated in place.
     recurrent = _update if "update_recurrent_state" in names else _recurrent
-    functions = [torch.compiler.disable(function) for function in (_chunk, recurrent)]
+    # The compiler can look into none of them, and would take a copied function's globals from its module.
     if names.issuperset(_ATTRIBUTES):
+        functions = map(torch.compiler.disable, (_chunk, recurrent))
         new = dict(zip(_ATTRIBUTES, functions, strict=True))
     elif names.issuperset(_GLOBALS):
-        new = {slot: MethodType(_with_globals(forward, dict(zip(_GLOBALS, functions, strict=True))), layer)}
+        copied = _with_globals(forward, dict(zip(_GLOBALS, (_chunk, recurrent), strict=True)))
+        new = {slot: MethodType(torch.compiler.disable(copied), layer)}
     else:
         raise ValueError(f"model: {type(layer).__name__}.forward calls neither {_ATTRIBUTES} nor {_GLOBALS}")
     vars(layer)[_UNDO] = {name: vars(layer).get(name) for name in new}
@@ -172,10 +174,9 @@ def _with_globals(function: FunctionType, new: dict[str, Any]) -> FunctionType:
         CellType(_with_globals(cell.cell_contents, new)) if isinstance(cell.cell_contents, FunctionType) else cell
         for cell in function.__closure__ or ()
     )
-    copy = FunctionType(
-        function.__code__, {**function.__globals__, **new}, function.__name__, function.__defaults__, cells
-    )
-    copy.__kwdefaults__ = function.__kwdefaults__
+    values = {**function.__globals__, **new}
+    copy = FunctionType(function.__code__, values, function.__name__, function.__defaults__, cells)
+    copy.__kwdefaults__, copy.__module__ = function.__kwdefaults__, function.__module__
     return copy
 
 
