@@ -605,7 +605,6 @@ def test_same_inputs_same_bits(place):
 
 @pytest.mark.parametrize("cut", [1, 7, 19])
 def test_splitting_a_sequence_anywhere(place, cut):
-    # In float32 a state loses nothing between two calls, so the split calls are the unsplit one, bit for bit.
     x = make_inputs(B=2, T=20, H=2, HV=4)
     o, pool = update(place, x)
     first, second = make_inputs(B=2, T=20, H=2, HV=4), make_inputs(B=2, T=20, H=2, HV=4)
@@ -614,8 +613,10 @@ def test_splitting_a_sequence_anywhere(place, cut):
         setattr(second, name, getattr(x, name)[:, cut:])
     o_first, second.state = update(place, first)
     o_second, pool_second = update(place, second)
-    assert_same_bits(np.concatenate([o_first, o_second], axis=1), o)
-    assert_same_bits(pool_second, pool)
+    # What comes before the cut cannot know of it; what comes after starts from a state that was rounded once.
+    assert_same_bits(o_first, o[:, :cut])
+    assert_close(np.concatenate([o_first, o_second], axis=1), o, rtol=5e-7)
+    assert_close(pool_second, pool, rtol=5e-7)
 
 
 def test_later_tokens_never_change_earlier_outputs(place):

@@ -1,0 +1,277 @@
+"""DeltaRuleState against a model: a plain dict of float64 states, under any order of operations and
+faults."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
+from places import assert_same_bits
+
+from gdr import DeltaRuleState, _backends, reference
+from gdr.testing import assert_close, make_inputs
+
+NUM_SLOTS, H, HV, K, V = 7, 1, 2, 4, 3
+
+
+class Fault(Exception):
+    pass
+
+
+class StatePool(RuleBasedStateMachine):
+    """Every operation, done to the pool and to the model; the pool may be off by rounding alone."""
+
+    place = None
+
+    def __init__(self):
+        super().__init__()
+        self.directory = tempfile.TemporaryDirectory()
+        self.path = Path(self.directory.name) / "pool"
+        self.file = None
+
+    def teardown(self):
+        self.directory.cleanup()
+
+    @initialize(
+        layout=st.sampled_from(["kv", "vk"]),
+        dtype=st.sampled_from(["float32", "float32", "bfloat16", "float16"]),
+        seed=st.integers(0, 99),
+    )
+    def start(self, layout, dtype, seed):
+        x = make_inputs(H=H, HV=HV, K=K, V=V, seed=seed)
+        self.layout, self.dtype = layout, dtype
+        self.A_log, self.dt_bias = x.A_log, x.dt_bias
+        self.state = DeltaRuleState(
+            NUM_SLOTS,
+            HV,
+            K,
+            V,
+            num_k_heads=H,
+            A_log=self.place.put(x.A_log),
+            dt_bias=self.place.put(x.dt_bias),
+            layout=layout,
+            dtype=dtype,
+            device="cpu" if self.place.on_host else "cuda",
+        )
+        self.model = {}
+        # A 16-bit state is rounded at every write, and the model is not: what may differ grows with each.
+        self.rtol = {"float32": 2e-5, "bfloat16": 0.1, "float16": 0.02}[dtype]
+
+    def zeros(self):
+        return np.zeros((HV, K, V) if self.layout == "kv" else (HV, V, K))
+
+    def read(self, slot):
+        return self.place.get(self.state.read([slot]))[0].astype(np.float64)
+
+    def one_slot(self, data):
+        return data.draw(st.sampled_from(sorted(self.model)))
+
+    # -- bookkeeping
+
+    @rule(n=st.integers(0, 3))
+    def alloc(self, n):
+        free = NUM_SLOTS - len(self.model)
+        if n > free:
+            with pytest.raises(ValueError, match=rf"{n}.*\b{free}\b"):
+                self.state.alloc(n)
+            return
+        new = [int(slot) for slot in self.state.alloc(n)]
+        assert len(set(new)) == n
+        assert not set(new) & self.model.keys()
+        for slot in new:
+            assert not self.read(slot).any()
+            self.model[slot] = self.zeros()
+
+    @precondition(lambda self: self.model)
+    @rule(data=st.data())
+    def free(self, data):
+        slot = self.one_slot(data)
+        self.state.free([slot])
+        del self.model[slot]
+        for method in (self.state.free, self.state.read, self.state.reset, self.state.fork):
+            with pytest.raises(ValueError, match="slots"):
+                method([slot])
+
+    @precondition(lambda self: self.model)
+    @rule(data=st.data())
+    def reset(self, data):
+        slot = self.one_slot(data)
+        self.state.reset([slot])
+        self.model[slot] = self.zeros()
+
+    @precondition(lambda self: self.model)
+    @rule(data=st.data())
+    def fork(self, data):
+        slot = self.one_slot(data)
+        if len(self.model) == NUM_SLOTS:
+            with pytest.raises(ValueError, match="free"):
+                self.state.fork([slot])
+            return
+        (new,) = self.state.fork([slot])
+        assert int(new) not in self.model
+        assert_same_bits(self.read(new), self.read(slot))
+        self.model[int(new)] = self.model[slot].copy()
+
+    @precondition(lambda self: self.model)
+    @rule(data=st.data(), seed=st.integers(0, 99))
+    def write(self, data, seed):
+        slot = self.one_slot(data)
+        h = np.random.default_rng(seed).normal(size=(1, *self.zeros().shape)).astype(np.float32)
+        self.state.write([slot], self.place.put(h))
+        self.model[slot] = self.read(slot)
+        assert_close(self.model[slot], h[0], rtol=4e-3)
+
+    # -- running
+
+    def run_model(self, x, order, cu_seqlens=None):
+        """Outputs of the reference; the model's states go on."""
+        pool = np.stack([self.model.get(slot, self.zeros()) for slot in range(NUM_SLOTS)])
+        o, pool = reference.fused_sigmoid_gating_delta_rule_update(
+            self.A_log, x.a, self.dt_bias, 1.0, 20.0, x.q, x.k, x.v, x.b, pool, order, None, True, cu_seqlens,
+            state_layout=self.layout,
+        )  # fmt: skip
+        for slot in order:
+            if slot >= 0:
+                self.model[int(slot)] = pool[slot]
+        return o
+
+    def operands(self, x):
+        return [self.place.put(y) for y in (x.q, x.k, x.v, x.a, x.b)]
+
+    def some_slots(self, data):
+        live = sorted(self.model)
+        chosen = data.draw(st.permutations(live)) if live else []
+        chosen = list(chosen)[: data.draw(st.integers(0, len(live)))]
+        for at in data.draw(st.lists(st.integers(0, len(chosen)), max_size=2)):
+            chosen.insert(at, -1)
+        return np.array(chosen, np.int32)
+
+    @rule(data=st.data(), seed=st.integers(0, 999), gates=st.sampled_from(["ordinary", "slow", "fast"]))
+    def step(self, data, seed, gates):
+        order = self.some_slots(data)
+        x = make_inputs(B=len(order), T=1, H=H, HV=HV, K=K, V=V, gates=gates, normalize=False, seed=seed)
+        o = self.state.step(*self.operands(x), order)
+        assert_close(self.place.get(o), self.run_model(x, order), rtol=self.rtol, name="o of step")
+
+    @rule(data=st.data(), seed=st.integers(0, 999), scale=st.sampled_from([1, 1, 30]))
+    def prefill(self, data, seed, scale):
+        order = self.some_slots(data)
+        lengths = [scale * data.draw(st.integers(0, 4)) for _ in order]
+        x = make_inputs(lengths=lengths, H=H, HV=HV, K=K, V=V, normalize=False, seed=seed)
+        o = self.state.prefill(*self.operands(x), order, self.place.put(x.cu_seqlens))
+        want = self.run_model(x, order, x.cu_seqlens)
+        assert_close(self.place.get(o), want, rtol=self.rtol, name="o of prefill")
+
+    @precondition(lambda self: self.model)
+    @rule(data=st.data(), seed=st.integers(0, 999))
+    def refused(self, data, seed):
+        live = sorted(self.model)
+        order = data.draw(
+            st.sampled_from(
+                [
+                    [*live, live[0]],
+                    [live[0], NUM_SLOTS],
+                    [next((s for s in range(NUM_SLOTS) if s not in self.model), NUM_SLOTS)],
+                ]
+            )
+        )
+        x = make_inputs(B=len(order), T=1, H=H, HV=HV, K=K, V=V, seed=seed)
+        before = self.place.get(self.state.pool)
+        with pytest.raises((ValueError, IndexError), match="slots"):
+            self.state.step(*self.operands(x), np.array(order))
+        assert_same_bits(self.place.get(self.state.pool), before)
+
+    @precondition(lambda self: self.model)
+    @rule(data=st.data(), method=st.sampled_from(["step", "prefill"]))
+    def fault_inside_a_run(self, data, method):
+        order = self.some_slots(data)
+        x = make_inputs(B=len(order), T=1, H=H, HV=HV, K=K, V=V)
+        before = self.place.get(self.state.pool)
+
+        def fail(call):
+            raise Fault
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(_backends, "run", fail)
+            with pytest.raises(Fault):
+                getattr(self.state, method)(*self.operands(x), order)
+        assert_same_bits(self.place.get(self.state.pool), before)
+
+    # -- files and devices
+
+    @rule()
+    def save(self):
+        self.state.save(self.path)
+        self.file = {slot: h.copy() for slot, h in self.model.items()}
+
+    @rule(name=st.sampled_from(["os.replace", "os.fsync"]))
+    def failing_save(self, name):
+        before = self.path.read_bytes() if self.file is not None else None
+        with pytest.MonkeyPatch.context() as patch:
+
+            def fail(*args, **kwargs):
+                raise OSError(28, "No space left on device")
+
+            patch.setattr(name, fail)
+            with pytest.raises(OSError, match="No space left"):
+                self.state.save(self.path)
+        files = list(self.path.parent.iterdir())
+        assert files == ([] if before is None else [self.path])
+        assert before is None or self.path.read_bytes() == before
+
+    @precondition(lambda self: self.file is not None)
+    @rule()
+    def load(self):
+        self.state = DeltaRuleState.load(self.path, device=self.state.device)
+        self.model = {slot: h.copy() for slot, h in self.file.items()}
+
+    @precondition(lambda self: self.file is not None)
+    @rule(at=st.floats(0, 1, exclude_max=True), bit=st.integers(0, 7))
+    def load_a_damaged_file(self, at, bit):
+        content = bytearray(self.path.read_bytes())
+        content[int(at * len(content))] ^= 1 << bit
+        damaged = self.path.with_name("damaged")
+        damaged.write_bytes(content)
+        try:
+            loaded = DeltaRuleState.load(damaged, device=self.state.device)
+        except ValueError as error:
+            assert "damaged" in str(error)  # noqa: PT017
+        else:
+            assert loaded.num_free == NUM_SLOTS - len(self.file)
+            for slot, h in self.file.items():
+                assert_close(self.place.get(loaded.read([slot]))[0], h, rtol=self.rtol)
+        finally:
+            damaged.unlink()
+
+    @rule()
+    def move(self):
+        self.state = self.state.to(self.state.device)
+
+    # -- what holds after every operation
+
+    @invariant()
+    def the_pool_is_the_model(self):
+        if not hasattr(self, "state"):
+            return
+        assert self.state.num_free == NUM_SLOTS - len(self.model)
+        assert f"{self.state.num_free} free" in repr(self.state)
+        for slot, want in self.model.items():
+            got = self.read(slot)
+            assert np.abs(got - want).max() <= self.rtol * max(1.0, np.abs(want).max()), f"state of slot {slot}"
+
+
+def test_any_sequence_of_operations(place):
+    machine = type("Machine", (StatePool,), {"place": place})
+    run_state_machine_as_test(machine, settings=settings())
