@@ -20,15 +20,16 @@ MULTIPROCESSORS = 132
 Job = tuple[str, dict[str, Any]]
 
 
-def recurrent_specs() -> Iterator[Spec]:
-    """Calls that between them choose every kernel of the recurrence for K = V = 128, and some for other sizes."""
-    heads = {"H": 16, "HV": 32}
-    kinds = ({"T": 1}, {"T": 4}, {"T": 64, "sequences": 3})
-    for layout, kind in product(("kv", "vk"), kinds):
-        square = {**heads, **kind, "K": 128, "V": 128, "layout": layout}
-        for dtype, state in product(DTYPES, DTYPES):
-            for B in (1,) if "sequences" in kind else (1, 8, 256):
-                yield warmup.make_spec("fused_recurrent", B=B, dtype=dtype, state_dtype=state, **square)
+KINDS: tuple[dict[str, Any], ...] = ({"T": 1}, {"T": 4}, {"T": 64, "sequences": 3})
+
+
+def square_specs(types: Iterable[tuple[str, str]]) -> Iterator[Spec]:
+    """Calls of the recurrence with K = V = 128: dtypes, layouts, batches, and all that a call may have or lack."""
+    types = list(types)
+    for layout, kind in product(("kv", "vk"), KINDS):
+        square = {"H": 16, "HV": 32, "K": 128, "V": 128, "layout": layout, **kind}
+        for (dtype, state), B in product(types, (1,) if "sequences" in kind else (1, 8, 256)):
+            yield warmup.make_spec("fused_recurrent", B=B, dtype=dtype, state_dtype=state, **square)
         variants: tuple[dict[str, Any], ...] = (
             {"gates": "given"},
             {"l2norm": False},
@@ -41,11 +42,21 @@ def recurrent_specs() -> Iterator[Spec]:
         )
         for variant in variants:
             yield warmup.make_spec("fused_recurrent", B=1, **square, **variant)
-        for (K, V), state in product(((64, 64), (256, 256), (192, 128), (96, 80), (100, 60), (1, 1)), DTYPES[::2]):
-            shape = {**square, "K": K, "V": V}
-            yield warmup.make_spec("fused_recurrent", B=1, state_dtype=state, **shape)
-            if "sequences" not in kind:
-                yield warmup.make_spec("fused_recurrent", B=256, state_dtype=state, **shape)
+
+
+def other_specs() -> Iterator[Spec]:
+    """Calls of the recurrence with other head dimensions."""
+    sizes = ((64, 64), (256, 256), (192, 128), (96, 80), (100, 60), (1, 1))
+    for (K, V), layout, kind, state in product(sizes, ("kv", "vk"), KINDS, ("float32", "bfloat16")):
+        for B in (1,) if "sequences" in kind else (1, 256):
+            yield warmup.make_spec(
+                "fused_recurrent", B=B, H=16, HV=32, K=K, V=V, layout=layout, state_dtype=state, **kind
+            )
+
+
+def recurrent_specs() -> Iterator[Spec]:
+    yield from square_specs(product(DTYPES, DTYPES))
+    yield from other_specs()
 
 
 def chunk_specs() -> Iterator[Spec]:
@@ -118,28 +129,28 @@ def test_every_source_is_a_kernel_that_some_call_uses() -> None:
     assert stems == set(params_layouts())
 
 
-@pytest.mark.parametrize("arch", [arch for arch in nvrtc.ARCHITECTURES if arch != 90])
+@pytest.mark.parametrize("arch", nvrtc.ARCHITECTURES)
 def test_kernels_compile_for(arch: int) -> None:
     check(nvrtc.compile_all((*job, arch) for job in covering(jobs(all_specs(), arch))))
 
 
 def test_kernels_of_the_recurrence_do_not_spill_on_sm_90() -> None:
-    compiled = nvrtc.compile_all((*job, 90) for job in jobs(recurrent_specs(), 90))
-    check(compiled)
-    square = [kernel for kernel in compiled if kernel.defines["GDR_K"] == kernel.defines["GDR_V"] == 128]
-    assert square
-    spilled = [kernel for kernel in square if kernel.spills or kernel.stack]
+    types = (("bfloat16", "float32"), ("bfloat16", "bfloat16"), ("float32", "float32"), ("float16", "float16"))
+    check_spills(nvrtc.compile_all((*job, 90) for job in jobs(square_specs(types), 90)))
+
+
+def check_spills(compiled: list[nvrtc.Compiled]) -> None:
+    spilled = [kernel for kernel in compiled if kernel.spills or kernel.stack]
     assert not spilled, "\n" + nvrtc.report(spilled)
-
-
-def test_kernels_of_the_chunkwise_form_compile_for_sm_90() -> None:
-    check(nvrtc.compile_all((*job, 90) for job in covering(jobs(chunk_specs(), 90))))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("arch", nvrtc.ARCHITECTURES)
 def test_all_kernels_compile_for(arch: int) -> None:
-    check(nvrtc.compile_all((*job, arch) for job in jobs(all_specs(), arch)))
+    compiled = nvrtc.compile_all((*job, arch) for job in jobs(all_specs(), arch))
+    check(compiled)
+    if arch == 90:
+        check_spills([c for c in compiled if c.defines.get("GDR_K") == c.defines.get("GDR_V") == 128])
 
 
 def test_a_failure_names_the_kernel_and_the_line(tmp_path: Any) -> None:
