@@ -201,7 +201,7 @@ def fused_recurrent_gated_delta_rule(
         Queries and keys.  Value head ``hv`` uses key head ``hv // (HV // H)``.
     v : array_like, [B, T, HV, V]
         Values.
-    g, beta : array_like, [B, T, HV]
+    g, beta : array_like, [B, T, HV] or [B * T, HV]
         Log decay and write strength.
     scale : float, optional
         Factor on q; ``K ** -0.5`` by default.
@@ -322,7 +322,8 @@ def _given(
     state_layout: str,
 ) -> tuple[Array, Array | None]:
     """Run a call with given gates; sequence n has row n of the initial and of the final states."""
-    q, k, v, g, beta = (_float64(x) for x in (q, k, v, g, beta))
+    q, k, v = _float64(q), _float64(k), _float64(v)
+    g, beta = _float64(g).reshape(v.shape[:3]), _float64(beta).reshape(v.shape[:3])
     spans = _spans(v, cu_seqlens)
     initial = None if initial_state is None else _to_kv(_float64(initial_state), state_layout)
     rows = list(range(len(spans)))

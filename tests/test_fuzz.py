@@ -1,0 +1,305 @@
+"""Thousands of random calls, most of them malformed: a clear refusal that writes nothing, or the right
+answer.
+
+Every array that a call may write lies between canaries.  GDR_FUZZ_CALLS sets the number of calls an
+operation, and GDR_FUZZ_SEED the first seed; a failure names the seed of its call.
+"""
+
+from __future__ import annotations
+
+import inspect
+import os
+import warnings
+
+import ml_dtypes
+import numpy as np
+import pytest
+from places import RTOL_CHUNK, assert_same_bits
+
+import gdr
+from gdr import reference
+from gdr.testing import make_inputs, relative_rms
+
+CALLS = int(os.environ.get("GDR_FUZZ_CALLS", "3400"))
+FIRST_SEED = int(os.environ.get("GDR_FUZZ_SEED", "0"))
+REFUSALS = (TypeError, ValueError, IndexError)
+CANARY = 0x5A
+DTYPES = [np.float32, np.float16, ml_dtypes.bfloat16, np.float64]
+WRONG_DTYPES = [np.int32, np.int64, np.uint8, np.bool_, np.complex64, ">f4", "S3", object, np.longdouble]
+NO_ARRAYS = [None, 0, 1.5, "x", [], [[0.0]], (), {}, b"", float("nan"), True, ..., np.float32(1), type]
+SCALARS = [0, 1, -1, 2.5, -0.3, 1e-30, np.float32(0.5), np.int64(2), True, None, "1", 1j, [], np.nan, np.inf, 10**400]
+TENSORS = ("q", "k", "v", "a", "b", "g", "beta", "A_log", "dt_bias", "initial_state_source", "initial_state", "out")
+
+
+class Memory:
+    """Arrays with canaries around them."""
+
+    def __init__(self):
+        self.blocks = []
+
+    def guarded(self, x: np.ndarray, rng: np.random.Generator, pitch: int = 0) -> np.ndarray:
+        """A copy of x between canaries; `pitch` extra elements lie between the entries of the first axis."""
+        row = int(np.prod(x.shape[1:], dtype=int))
+        count = x.shape[0] * (row + pitch)
+        edge = int(rng.integers(1, 9)) * 8
+        block = np.full(2 * edge + count * x.itemsize, CANARY, np.uint8)
+        body = block[edge : edge + count * x.itemsize].view(x.dtype)
+        view = body.reshape(x.shape[0], row + pitch)[:, :row].reshape(x.shape)
+        view[...] = x
+        assert view.size == 0 or np.shares_memory(view, block)
+        self.blocks.append((block, view))
+        return view
+
+
+def random_call(operation, rng, memory):
+    """A good call: arguments by name."""
+    H, group = int(rng.integers(1, 3)), int(rng.integers(1, 3))
+    sizes = {
+        "H": H,
+        "HV": H * group,
+        "K": int(rng.choice([1, 2, 3, 8, 17])),
+        "V": int(rng.choice([1, 2, 5, 8])),
+        "dtype": np.dtype(DTYPES[rng.integers(4)]).name,
+        "layout": str(rng.choice(["kv", "vk"])),
+        "seed": int(rng.integers(1 << 30)),
+    }
+    packed = rng.random() < 0.5
+    if packed:
+        sizes["lengths"] = rng.integers(0, 5, size=rng.integers(0, 4)).tolist()
+    else:
+        sizes |= {"B": int(rng.integers(0, 4)), "T": int(rng.integers(0, 5))}
+    x = make_inputs(**sizes)
+    call = {name: getattr(x, name) for name in ("q", "k", "v")}
+    if packed:
+        call["cu_seqlens"] = x.cu_seqlens
+    if rng.random() < 0.5:
+        call["use_qk_l2norm_in_kernel"] = bool(rng.random() < 0.5)
+    if rng.random() < 0.3:
+        call["scale"] = float(rng.normal())
+    if rng.random() < 0.4:
+        call["out"] = memory.guarded(np.full_like(x.v, np.nan), rng)
+    if operation is gdr.fused_sigmoid_gating_delta_rule_update:
+        call |= {name: getattr(x, name) for name in ("A_log", "a", "dt_bias", "b")}
+        call |= {"softplus_beta": 1.0, "softplus_threshold": 20.0}
+        if rng.random() < 0.8:
+            call["initial_state_source"] = memory.guarded(x.state, rng, int(rng.integers(0, 4)))
+            call["initial_state_indices"] = x.slots
+            call["state_layout"] = sizes["layout"]
+            if rng.random() < 0.3:
+                call["output_state_indices"] = rng.permutation(len(x.state))[: len(x.slots)].astype(np.int64)
+            elif rng.random() < 0.2:
+                call["disable_state_update"] = True
+    else:
+        call |= {"g": x.g, "beta": x.beta}
+        if rng.random() < 0.6:
+            call |= {"initial_state": x.initial_state, "state_layout": sizes["layout"]}
+        call["output_final_state"] = bool(rng.random() < 0.6)
+        if operation is gdr.chunk_gated_delta_rule and rng.random() < 0.5:
+            call |= {"chunk_size": int(rng.choice([1, 16, 64, 100])), "batch_invariant": bool(rng.random() < 0.5)}
+    return call
+
+
+def mutate_array(x: np.ndarray, rng):
+    choice = rng.integers(14)
+    axis = int(rng.integers(x.ndim)) if x.ndim else 0
+    if choice == 0 and x.ndim:  # one more or one less along an axis
+        return np.concatenate([x, x.take([0], axis)], axis) if x.shape[axis] else x.sum(axis=axis, keepdims=True)
+    if choice == 1 and x.ndim:
+        return x.take(range(max(0, x.shape[axis] - 1)), axis)
+    if choice == 2:
+        return x[None]
+    if choice == 3 and x.ndim and x.shape[0]:
+        return x[0]
+    if choice == 4:
+        return x.astype(DTYPES[rng.integers(4)])
+    if choice == 5:
+        kind = WRONG_DTYPES[rng.integers(len(WRONG_DTYPES))]
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return x.astype(np.float32).astype(kind)
+    if choice == 6:
+        return NO_ARRAYS[rng.integers(len(NO_ARRAYS))]
+    if choice == 7:
+        return x.swapaxes(axis, -1) if x.ndim else x
+    if choice == 8:
+        return x[::-1].copy()[::-1] if x.ndim else x
+    if choice == 9:
+        return np.broadcast_to(x.take([0], axis), x.shape) if x.size else x
+    if choice == 10:
+        return x.reshape(-1)
+    if choice == 11:  # at an odd address
+        memory = np.zeros(x.nbytes + 1, np.uint8)
+        view = memory[1:].view(x.dtype).reshape(x.shape) if x.dtype != object else x
+        view[...] = x
+        return view
+    if choice == 12:
+        return np.repeat(x, 2, axis=-1)[..., ::2] if x.ndim else x
+    y = x.copy()
+    y.flags.writeable = False
+    return y
+
+
+def mutate_indices(x: np.ndarray, rng):
+    choice = rng.integers(8)
+    if choice == 0:
+        return NO_ARRAYS[rng.integers(len(NO_ARRAYS))]
+    if choice == 1:
+        return x.tolist()
+    if choice == 2:
+        return x.astype([np.float32, np.int16, np.uint32, np.bool_, np.int64, np.uint64, ">i4"][rng.integers(7)])
+    if choice == 3:
+        return np.append(x, x[:1]).astype(x.dtype)
+    if choice == 4:
+        return x[:-1]
+    if choice == 5:
+        return x[None]
+    y = x.astype(np.int64)
+    for at in range(len(y)):
+        if rng.random() < 0.5:
+            y[at] = rng.choice([-1, -2, 0, 1, 2, 3, 5, 7, 100, -(2**31), 2**31, 2**32, -(2**32), 2**62, -(2**63)])
+    return y if rng.random() < 0.7 else np.repeat(y, 2)[::2]
+
+
+def mutate(call: dict, operation, rng) -> None:
+    names = list(inspect.signature(operation).parameters)
+    name = names[rng.integers(len(names))]
+    value = call.get(name)
+    choice = rng.random()
+    if choice < 0.04:
+        call.pop(name, None)
+    elif choice < 0.06:
+        call[str(rng.choice(["head_first", "Q", "state", "kwargs"]))] = 1
+    elif choice < 0.12:
+        other = names[rng.integers(len(names))]
+        if name in call and other in call:
+            call[name], call[other] = call[other], call[name]
+    elif choice < 0.16:
+        other = names[rng.integers(len(names))]
+        if other in call:
+            call[name] = call[other]
+    elif isinstance(value, np.ndarray):
+        call[name] = (mutate_indices if value.dtype.kind in "iu" and value.ndim == 1 else mutate_array)(value, rng)
+    elif name in ("initial_state_indices", "output_state_indices", "cu_seqlens"):
+        call[name] = mutate_indices(np.arange(rng.integers(0, 5)), rng)
+    elif name in ("state_layout",):
+        call[name] = ["kv", "vk", "hkv", None, 3, b"kv"][rng.integers(6)]
+    elif name not in TENSORS:
+        call[name] = SCALARS[rng.integers(len(SCALARS))]
+    elif rng.random() < 0.3:
+        call[name] = NO_ARRAYS[rng.integers(len(NO_ARRAYS))]
+
+
+def oracle(operation, call):
+    run = getattr(reference, operation.__name__)
+    wanted = inspect.signature(run).parameters
+    with np.errstate(all="ignore"):
+        return run(**{name: value for name, value in call.items() if name in wanted})
+
+
+def check_answer(operation, call, before, result):
+    is_update = operation is gdr.fused_sigmoid_gating_delta_rule_update
+    o = result if is_update else result[0]
+    state = call.get("initial_state_source") if is_update else result[1]
+    want_o, want_state = oracle(operation, call | before)
+    assert o.shape == np.shape(call["v"])
+    assert o.dtype == call["v"].dtype
+    assert_near(o, want_o, 5 * RTOL_CHUNK[o.dtype.name], "o")
+    if state is not None:
+        rtol = max(RTOL_CHUNK[o.dtype.name], RTOL_CHUNK[state.dtype.name])
+        assert_near(state, want_state, 5 * rtol, "the state")
+
+
+def assert_near(got, want, rtol, name):
+    """Check a result, unless the right one is out of its dtype's range."""
+    limits = ml_dtypes.finfo(got.dtype)
+    if not np.isfinite(want).all() or np.abs(want).max(initial=0) > min(float(limits.max), 1e30):
+        return
+    error = relative_rms(got, want)
+    tiny = np.abs(got.astype(np.float64) - want).max(initial=0) <= float(limits.smallest_normal)
+    assert error <= rtol or tiny, f"{name} is off by {error}"
+
+
+def run_one(operation, seed):
+    """One call; returns whether it was refused."""
+    rng = np.random.default_rng(seed)
+    memory = Memory()
+    call = random_call(operation, rng, memory)
+    for _ in range(rng.choice(4, p=[0.1, 0.5, 0.25, 0.15])):
+        mutate(call, operation, rng)
+    arrays = {name: value for name, value in call.items() if isinstance(value, np.ndarray)}
+    blocks = [block.copy() for block, _ in memory.blocks]
+    before = {name: value.copy() for name, value in arrays.items()}
+    try:
+        result = operation(**call)
+    except REFUSALS:
+        for (block, _), was in zip(memory.blocks, blocks, strict=True):
+            assert_same_bits(block, was, "memory after a refusal")
+        for name, value in arrays.items():
+            if value.dtype != object:
+                assert_same_bits(value, before[name], name)
+        return True
+    writable = [call.get("out")]
+    if operation is gdr.fused_sigmoid_gating_delta_rule_update and not call.get("disable_state_update", False):
+        writable.append(call.get("initial_state_source"))
+    for name, value in arrays.items():
+        if not any(value is y for y in writable):
+            assert_same_bits(value, before[name], name)
+    for (block, view), was in zip(memory.blocks, blocks, strict=True):
+        # All bytes that are no element of the view are as they were.
+        elements = np.zeros(block.size, bool)
+        mask = np.lib.stride_tricks.as_strided(
+            elements[view.__array_interface__["data"][0] - block.__array_interface__["data"][0] :],
+            (*view.shape, view.itemsize),
+            (*view.strides, 1),
+        ) if view.size else elements[:0]  # fmt: skip
+        mask[...] = True
+        assert_same_bits(block[~elements], was[~elements], "canaries")
+    check_answer(operation, call, before, result)
+    return False
+
+
+@pytest.mark.parametrize(
+    "operation",
+    [
+        gdr.fused_sigmoid_gating_delta_rule_update,
+        gdr.fused_recurrent_gated_delta_rule,
+        gdr.chunk_gated_delta_rule,
+    ],
+)
+def test_refused_or_right(host, operation):
+    refused = 0
+    for seed in range(FIRST_SEED, FIRST_SEED + CALLS):
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("error")
+                refused += run_one(operation, seed)
+        except Exception as error:  # noqa: PERF203
+            raise AssertionError(f"seed {seed}: {type(error).__name__}: {error}") from error
+    # Both kinds must be there in numbers, or the search has gone astray.
+    assert 0.2 * CALLS < refused < 0.95 * CALLS
+
+
+@pytest.mark.gpu
+def test_no_slot_on_a_device_writes_outside_the_pool():
+    import cupy
+
+    rng = np.random.default_rng(FIRST_SEED)
+    for _ in range(200):
+        N, slots = int(rng.integers(1, 6)), int(rng.integers(1, 7))
+        sizes = {"H": 1, "HV": 2, "K": int(rng.choice([16, 64])), "V": int(rng.choice([8, 32]))}
+        x = make_inputs(B=N, T=int(rng.integers(1, 4)), num_slots=max(slots, N), xp="cupy", device="cuda", **sizes)
+        base = cupy.full((slots + 8, 2, sizes["K"], sizes["V"]), cupy.nan, np.float32)
+        pool = base[4 : 4 + slots]
+        pool[...] = x.state[:slots]
+        names = np.array([-1, 0, slots - 1, slots, slots + 1, slots + 3, 2**31 - 1, -(2**31), 2**30], np.int32)
+        indices = rng.choice(names, size=N, replace=False)
+        before = base.copy()
+        o = gdr.fused_sigmoid_gating_delta_rule_update(
+            x.A_log, x.a, x.dt_bias, 1.0, 20.0, x.q, x.k, x.v, x.b, pool, cupy.asarray(indices)
+        )
+        inside = (indices >= 0) & (indices < slots)
+        assert not o.get()[~inside].any()
+        assert np.isfinite(o.get()).all()
+        touched = np.zeros(slots + 8, bool)
+        touched[4 + indices[inside]] = True
+        assert_same_bits(base.get()[~touched], before.get()[~touched], "slots that no row names")
