@@ -44,7 +44,8 @@ class NumpyArrays:
 
     def meta(self, x: Any) -> Meta:
         size = x.itemsize or 1
-        return Meta(x.shape, tuple(s // size for s in x.strides), x.dtype.name, "cpu")
+        dtype = x.dtype.name if x.dtype.isnative else f"{x.dtype.name} of another byte order"
+        return Meta(x.shape, tuple(s // size for s in x.strides), dtype, "cpu")
 
     def adopt(self, x: Any) -> Any:
         return x
@@ -169,7 +170,15 @@ class JaxArrays:
 
     name = "jax"
 
+    def __init__(self) -> None:
+        self._tracer = sys.modules["jax"].core.Tracer
+
     def signature(self, x: Any) -> tuple:
+        if isinstance(x, self._tracer):
+            raise TypeError(
+                "gdr needs arrays with values: an argument is a JAX tracer; "
+                "call outside jax.jit, jax.grad and jax.vmap, or through jax.pure_callback"
+            )
         return x.shape, x.dtype, x.sharding
 
     def meta(self, x: Any) -> Meta:
@@ -250,6 +259,8 @@ def library_of(x: Any) -> Any:
     kind = type(x)
     found = _by_type.get(kind)
     if found is None:
+        if isinstance(x, (np.ma.MaskedArray, np.matrix)):
+            return None  # a mask would be ignored, and a matrix has no third axis
         root = "numpy" if isinstance(x, np.ndarray) else kind.__module__.partition(".")[0]
         if root not in _KINDS or not hasattr(x, "shape") or isinstance(x, np.generic):
             return None

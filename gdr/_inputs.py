@@ -16,6 +16,9 @@ import numpy as np
 from gdr import _arrays
 from gdr._spec import LAYOUTS, OPERANDS, Spec, describe
 
+# Operands that no call writes.
+READ = ("q", "k", "v", "A_log", "dt_bias", "a", "b", "g", "beta")
+
 
 @dataclass(slots=True, eq=False)
 class Call:
@@ -94,6 +97,8 @@ def prepare(
         check_flag(names.get("l2norm", "use_qk_l2norm_in_kernel"), l2norm)
     if not isinstance(layout, str) or layout not in LAYOUTS:
         raise ValueError(f"{names.get('layout', 'state_layout')}: expected 'kv' or 'vk', got {layout!r}")
+    if check is not None:
+        check_flag("check", check)
     arrays = [operands.get(name) for name in OPERANDS]
     key: tuple = (op, l2norm, layout, output_final_state)
     for x in arrays:
@@ -156,9 +161,13 @@ def number(name: str, value: Any) -> float:
     """`value` as a finite float."""
     if isinstance(value, (bool, np.bool_)) or not isinstance(value, (numbers.Real, np.floating, np.integer)):
         raise TypeError(f"{name}: expected a real number, got {type(value).__name__}")
-    if not math.isfinite(value):
+    try:
+        real = float(value)
+    except OverflowError:
+        real = math.inf
+    if not math.isfinite(real):
         raise ValueError(f"{name}: expected a finite number, got {value}")
-    return float(value)
+    return real
 
 
 def positive(name: str, value: Any) -> float:
@@ -202,13 +211,20 @@ def _adopt_host(call: Call, operands: dict[str, Any], names: dict[str, str]) -> 
         if x is not None and x.ndim == 2:
             setattr(call, name, x.reshape(spec.B, spec.T, spec.HV))
     if operands.get("out") is not None:
-        for name in ("q", "k", "v", "a", "b", "g", "beta", "initial_state", "final_state"):
-            x = getattr(call, name)
-            if x is not None and _overlap(call.out, x):
-                raise ValueError(
-                    f"{names.get('out', 'out')}: expected memory of its own, got an array that overlaps "
-                    f"{names.get(name, name)}"
-                )
+        _check_apart(call, "out", READ + ("initial_state", "final_state"), names)
+    if call.final_state is not None:
+        _check_apart(call, "final_state", READ, names)
+
+
+def _check_apart(call: Call, written: str, others: tuple[str, ...], names: dict[str, str]) -> None:
+    """Refuse memory that is both read and written: the answer would depend on the order of the two."""
+    for name in others:
+        x = getattr(call, name)
+        if x is not None and _overlap(getattr(call, written), x):
+            raise ValueError(
+                f"{names.get(written, written)}: is written, so it needs memory of its own; "
+                f"it overlaps {names.get(name, name)}"
+            )
 
 
 def _overlap(x: np.ndarray, y: np.ndarray) -> bool:

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
-import zipfile
+import uuid
 from pathlib import Path
 from typing import Any
 
@@ -21,15 +20,15 @@ def save(path: Path, parameters: dict[str, Any], arrays: dict[str, np.ndarray]) 
     """Write to a temporary file beside `path`, then rename it: a reader never sees half a file."""
     header = {"format": FORMAT, "version": VERSION, "parameters": parameters}
     stored = dict(arrays, states=_bits(arrays["states"]), header=np.array(json.dumps(header)))
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
     try:
-        with os.fdopen(handle, "wb") as file:
+        with open(temporary, "xb") as file:
             np.savez(file, **stored)  # type: ignore[arg-type]
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except BaseException:
-        Path(temporary).unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
         raise
 
 
@@ -53,15 +52,7 @@ def load(path: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
             states = arrays["states"]
             arrays["states"] = states.view(dtype) if states.dtype != dtype else states
             arrays["slots"]
-        except (
-            zipfile.BadZipFile,
-            KeyError,
-            ValueError,
-            TypeError,
-            AttributeError,
-            EOFError,
-            OSError,
-        ) as error:
+        except Exception as error:  # damaged archives fail in many ways, down to codecs that do not exist
             raise ValueError(f"{path}: not a state file of gdr, or a damaged one ({error})") from None
     if version != VERSION:
         raise ValueError(f"{path}: expected a state file of version {VERSION}, got version {version}")

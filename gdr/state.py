@@ -320,9 +320,9 @@ class DeltaRuleState:
         TypeError, ValueError, IndexError
             As `step`.
         """
-        B, T = getattr(q, "shape", (0, 0))[:2] if getattr(q, "ndim", 0) == 4 else (0, 0)
-        count = B if cu_seqlens is None else max(1, len(cu_seqlens) - 1)
-        tokens = T if cu_seqlens is None else T / count
+        tokens = q.shape[1] if getattr(q, "ndim", 0) == 4 else 0
+        if cu_seqlens is not None and getattr(cu_seqlens, "ndim", 0) == 1:
+            tokens /= max(1, len(cu_seqlens) - 1)
         op = "chunk" if tokens >= CHUNK_FROM[self.device.partition(":")[0]] else "fused_recurrent"
         return self._run(op, q, k, v, a, b, slots, cu_seqlens, out)
 
@@ -431,8 +431,21 @@ class DeltaRuleState:
             softplus_beta=self.softplus_beta,
             softplus_threshold=self.softplus_threshold,
         )
-        _backends.run(call)
+        if self.device == "cpu" and _backends.cpu_backend() == "numpy":
+            self._run_staged(call)
+        else:
+            _backends.run(call)
         return call.library.release(call.out) if out is None else out
+
+    def _run_staged(self, call: _inputs.Call) -> None:
+        """Run a call in NumPy and write its states at once in the end: an interrupt leaves all or none changed."""
+        slots, call.final_slots = call.final_slots, None
+        call.final_state = np.empty((len(slots), *self._slot_shape), self._pool.dtype)
+        _backends.run(call)
+        live = slots >= 0
+        if call.spec.varlen:
+            live &= np.diff(call.cu_seqlens) > 0
+        self._pool[slots[live]] = call.final_state[live]
 
     def _head_parameter(self, name: str, value: Any) -> Any | None:
         if value is None:
@@ -519,7 +532,7 @@ class DeltaRuleState:
         if unique and np.unique(live).size != live.size:
             values, counts = np.unique(live, return_counts=True)
             raise ValueError(f"slots: expected every slot once, got slot {values[counts > 1][0]} more than once")
-        return host.astype(np.int32)
+        return np.where(host < 0, -1, host).astype(np.int32)
 
     def _check_allocated(self, host: np.ndarray) -> None:
         loose = host[~self._allocated[host]]
@@ -564,6 +577,8 @@ def _cuda_state() -> Any:
 
 
 def _state_dtype(dtype: Any, device: str) -> str:
+    if not isinstance(dtype, (str, type, np.dtype)):
+        raise TypeError(f"dtype: expected a dtype or its name, got {type(dtype).__name__}")
     name = dtype if isinstance(dtype, str) else np.dtype(dtype).name
     allowed = _arrays.FLOATS if device == "cpu" else _spec.DEVICE_FLOATS
     if name not in allowed:
