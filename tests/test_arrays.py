@@ -1,0 +1,285 @@
+"""Arrays of other libraries: no copy on the way in, the same kind on the way out, and no mixture of devices."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from typing import Any
+
+import numpy as np
+import pytest
+from places import assert_same_bits
+
+import gdr
+from gdr import _arrays
+from gdr.testing import Inputs, make_inputs, to_numpy
+
+DTYPES = ("float32", "float16", "bfloat16")
+
+
+@pytest.fixture(autouse=True)
+def backend(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GDR_CPU", "numpy")  # what matters here is the same for both, and numba compiles for seconds
+
+
+@pytest.fixture(params=["torch", "jax"])
+def library(request: pytest.FixtureRequest) -> str:
+    pytest.importorskip(request.param)
+    return request.param
+
+
+@pytest.fixture
+def torch() -> Any:
+    return pytest.importorskip("torch")
+
+
+@pytest.fixture
+def jax() -> Any:
+    return pytest.importorskip("jax")
+
+
+def address(x: Any) -> int:
+    if isinstance(x, np.ndarray):
+        return x.ctypes.data
+    return x.data_ptr() if hasattr(x, "data_ptr") else x.unsafe_buffer_pointer()
+
+
+def kind(x: Any) -> str:
+    return _arrays.library_of(x).name
+
+
+def problem(dtype: str = "float32", **rest: Any) -> Inputs:
+    return make_inputs(**{"B": 2, "T": 3, "H": 2, "HV": 4, "K": 8, "V": 6, "dtype": dtype} | rest)
+
+
+def operands(x: Inputs) -> tuple[Any, ...]:
+    return x.q, x.k, x.v, x.g, x.beta
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_arrays_are_adopted_without_a_copy(library: str, dtype: str) -> None:
+    x = problem(dtype).to(library).v
+    arrays = _arrays.library_of(x)
+    view = arrays.adopt(x)
+    assert isinstance(view, np.ndarray)
+    assert address(view) == address(x)
+    assert view.dtype == _arrays.numpy_dtype(dtype)
+    assert arrays.meta(x) == _arrays.library_of(view).meta(view)
+
+
+@pytest.mark.parametrize("dtype", [*DTYPES, "float64"])
+def test_results_become_torch_tensors_without_a_copy(torch: Any, dtype: str) -> None:
+    x = np.arange(24).reshape(2, 3, 4).astype(_arrays.numpy_dtype(dtype))
+    tensor = _arrays.library_of(torch.zeros(1)).release(x)
+    assert address(tensor) == address(x)
+    assert tensor.dtype is getattr(torch, dtype)
+    assert_same_bits(tensor, x)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_results_become_jax_arrays(jax: Any, dtype: str) -> None:
+    x = np.arange(24).reshape(2, 3, 4).astype(_arrays.numpy_dtype(dtype))
+    array = _arrays.library_of(jax.numpy.zeros(1)).release(x)
+    assert array.dtype == x.dtype
+    assert_same_bits(array, x)
+
+
+@pytest.mark.parametrize("dtype", [*DTYPES, "float64"])
+def test_torch_views_keep_their_strides(torch: Any, dtype: str) -> None:
+    packed = torch.arange(2 * 3 * 20).reshape(2, 3, 20).to(getattr(torch, dtype))
+    x = packed[:, :, 5:13].unflatten(-1, (2, 4)).transpose(0, 1)
+    view = _arrays.library_of(x).adopt(x)
+    assert address(view) == address(x)
+    assert tuple(step // view.itemsize for step in view.strides) == x.stride()
+    assert_same_bits(np.array(view, order="C"), x.contiguous())
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("operation", [gdr.fused_recurrent_gated_delta_rule, gdr.chunk_gated_delta_rule])
+def test_results_are_of_the_kind_of_the_arguments(library: str, operation: Any, dtype: str) -> None:
+    x = problem(dtype, T=40)
+    want_o, want_h = operation(*operands(x), initial_state=x.initial_state, output_final_state=True)
+    there = x.to(library)
+    initial = gdr.testing.to_library(x.initial_state, library)
+    o, h = operation(*operands(there), initial_state=initial, output_final_state=True)
+    assert kind(o) == kind(h) == library
+    assert_same_bits(o, want_o, "o")
+    assert_same_bits(h, want_h, "h")
+
+
+def test_the_gate_is_of_the_kind_of_its_logits(library: str) -> None:
+    x = problem()
+    want = gdr.gated_delta_rule_gate(x.A_log, x.a, x.dt_bias, x.b)
+    there = x.to(library)
+    got = gdr.gated_delta_rule_gate(there.A_log, there.a, there.dt_bias, there.b)
+    for array, expected in zip(got, want, strict=True):
+        assert kind(array) == library
+        assert_same_bits(array, expected)
+
+
+def test_results_share_no_memory_with_arguments_or_each_other(library: str) -> None:
+    there = problem("bfloat16").to(library)
+    call = {"initial_state": gdr.testing.to_library(problem("bfloat16").initial_state, library)}
+    first = gdr.fused_recurrent_gated_delta_rule(*operands(there), output_final_state=True, **call)
+    bits = [to_numpy(x).copy() for x in first]
+    second = gdr.fused_recurrent_gated_delta_rule(*operands(there), output_final_state=True, **call)
+    addresses = [address(x) for x in (*first, *second, *operands(there), *call.values())]
+    assert len(set(addresses)) == len(addresses)
+    for x, before in zip(first, bits, strict=True):
+        assert_same_bits(x, before)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_torch_pool_is_updated_in_place(torch: Any, dtype: str) -> None:
+    x = problem(dtype, state_dtype=dtype)
+    there = x.to("torch")
+    out = torch.full_like(there.v, float("nan"))
+    pool_address = address(there.state)
+    call = {"use_qk_l2norm_in_kernel": True}
+    results = []
+    for y, o in ((x, None), (there, out)):
+        raw = (y.A_log, y.a, y.dt_bias, 1.0, 20.0, y.q, y.k, y.v, y.b)
+        results.append(gdr.fused_sigmoid_gating_delta_rule_update(*raw, y.state, y.slots, out=o, **call))
+    assert results[1] is out
+    assert address(there.state) == pool_address
+    assert_same_bits(out, results[0], "o")
+    assert_same_bits(there.state, x.state, "pool")
+
+
+def test_a_jax_pool_is_refused_for_it_cannot_be_updated_in_place(jax: Any) -> None:
+    x = problem().to("jax")
+    raw = (x.A_log, x.a, x.dt_bias, 1.0, 20.0, x.q, x.k, x.v, x.b)
+    with pytest.raises(ValueError, match=r"initial_state_source: .*read-only"):
+        gdr.fused_sigmoid_gating_delta_rule_update(*raw, x.state, x.slots)
+    o = gdr.fused_sigmoid_gating_delta_rule_update(*raw, x.state, x.slots, disable_state_update=True)
+    assert kind(o) == "jax"
+
+
+def test_a_pool_takes_arrays_of_any_library(library: str) -> None:
+    x = problem("bfloat16", T=1)
+    steps = []
+    for y in (x, x.to(library)):
+        state = gdr.DeltaRuleState(4, 4, 8, 6, num_k_heads=2, A_log=y.A_log, dt_bias=y.dt_bias)
+        slots = state.alloc(2)
+        o = state.step(y.q, y.k, y.v, y.a, y.b, slots)
+        flat = state.step(*(z[:, 0] for z in (y.q, y.k, y.v, y.a, y.b)), slots)
+        steps.append((o, flat, state.read(slots)))
+    assert kind(steps[1][0]) == kind(steps[1][1]) == library
+    for got, want in zip(steps[1], steps[0], strict=True):
+        assert_same_bits(got, want)
+
+
+def test_libraries_on_the_host_may_be_mixed(library: str) -> None:
+    x = problem("bfloat16")
+    there = x.to(library)
+    want, _ = gdr.fused_recurrent_gated_delta_rule(*operands(x))
+    o, _ = gdr.fused_recurrent_gated_delta_rule(x.q, x.k, there.v, x.g, x.beta)
+    assert kind(o) == library  # v's
+    assert_same_bits(o, want)
+    o, _ = gdr.fused_recurrent_gated_delta_rule(there.q, there.k, x.v, there.g, there.beta)
+    assert kind(o) == "numpy"
+    assert_same_bits(o, want)
+
+
+@pytest.mark.parametrize("cpu", ["numpy", "numba"])
+def test_read_only_arguments_are_only_read(monkeypatch: pytest.MonkeyPatch, cpu: str) -> None:
+    if cpu == "numba":
+        pytest.importorskip("numba")
+    monkeypatch.setenv("GDR_CPU", cpu)
+    x = problem()
+    want, want_h = gdr.fused_recurrent_gated_delta_rule(*operands(x), None, x.initial_state, True)
+    frozen = [*operands(x), x.initial_state]
+    for array in frozen:
+        array.flags.writeable = False
+    o, h = gdr.fused_recurrent_gated_delta_rule(*frozen[:5], None, frozen[5], True)
+    assert_same_bits(o, want)
+    assert_same_bits(h, want_h)
+    x.state.flags.writeable = False
+    raw = (x.A_log, x.a, x.dt_bias, 1.0, 20.0, x.q, x.k, x.v, x.b)
+    gdr.fused_sigmoid_gating_delta_rule_update(*raw, x.state, x.slots, disable_state_update=True)
+
+
+class OnDevice:
+    """What looks like an array on a CUDA device."""
+
+    def __init__(self, x: np.ndarray) -> None:
+        self.x, self.shape, self.ndim = x, x.shape, x.ndim
+
+
+class DeviceArrays(_arrays.NumpyArrays):
+    name = "device"
+
+    def signature(self, x: OnDevice) -> tuple:
+        return super().signature(x.x)
+
+    def meta(self, x: OnDevice) -> _arrays.Meta:
+        return super().meta(x.x)._replace(device=1)
+
+
+@pytest.mark.parametrize("mixed", ["q", "v", "beta"])
+@pytest.mark.parametrize("where", ["numpy", "torch", "jax"])
+def test_host_and_device_are_never_mixed(monkeypatch: pytest.MonkeyPatch, where: str, mixed: str) -> None:
+    pytest.importorskip(where)
+    monkeypatch.setitem(_arrays._by_type, OnDevice, DeviceArrays())
+    x = problem()
+    setattr(x, mixed, OnDevice(getattr(x, mixed)))
+    y = problem().to(where)
+    for name in {"q", "k", "v", "g", "beta"} - {mixed}:
+        setattr(x, name, getattr(y, name))
+    with pytest.raises(TypeError, match=r"expected an array on the same device as q .*CUDA device 1"):
+        gdr.fused_recurrent_gated_delta_rule(*operands(x))
+
+
+def test_tensors_that_cannot_be_used_are_refused(torch: Any) -> None:
+    x = problem().to("torch")
+    refused = (
+        (torch.empty(x.v.shape, device="meta"), r"v: expected a torch tensor on the CPU or a CUDA device, got .*meta"),
+        (x.v.to_sparse(), r"v: expected a dense \(strided\) torch tensor"),
+        (x.v.to(torch.int32), "v: expected .*dtype"),
+        (x.v.to(torch.complex64), "v: expected .*dtype"),
+    )
+    for v, message in refused:
+        with pytest.raises(TypeError, match=message):
+            gdr.fused_recurrent_gated_delta_rule(x.q, x.k, v, x.g, x.beta)
+
+
+def test_tensors_that_require_grad_are_refused_unless_grad_is_off(torch: Any) -> None:
+    x = problem().to("torch")
+    want, _ = gdr.fused_recurrent_gated_delta_rule(*operands(x))
+    v = torch.nn.Parameter(x.v)
+    with pytest.raises(TypeError, match="no autograd"):
+        gdr.fused_recurrent_gated_delta_rule(x.q, x.k, v, x.g, x.beta)
+    with torch.no_grad():
+        o, _ = gdr.fused_recurrent_gated_delta_rule(x.q, x.k, v, x.g, x.beta)
+    with torch.inference_mode():
+        inferred, _ = gdr.fused_recurrent_gated_delta_rule(x.q, x.k, v, x.g, x.beta)
+    assert not o.requires_grad
+    assert_same_bits(o, want)
+    assert_same_bits(inferred, want)
+
+
+def test_jax_tracers_are_refused(jax: Any) -> None:
+    x = problem().to("jax")
+    with pytest.raises(TypeError, match=r"a JAX tracer; call outside jax\.jit"):
+        jax.jit(lambda v: gdr.fused_recurrent_gated_delta_rule(x.q, x.k, v, x.g, x.beta)[0])(x.v)
+
+
+def test_jax_arrays_work_in_a_callback(jax: Any) -> None:
+    x = problem().to("jax")
+    want, _ = gdr.fused_recurrent_gated_delta_rule(*operands(x))
+
+    def call(*arrays: Any) -> Any:
+        return gdr.fused_recurrent_gated_delta_rule(*arrays)[0]
+
+    got = jax.jit(lambda *arrays: jax.pure_callback(call, x.v, *arrays))(*operands(x))
+    assert_same_bits(got, want)
+
+
+def test_numpy_in_numpy_out_imports_no_other_library() -> None:
+    code = (
+        "import sys, gdr; x = gdr.testing.make_inputs(); "
+        "gdr.fused_recurrent_gated_delta_rule(x.q, x.k, x.v, x.g, x.beta); "
+        "print([m for m in ('cupy', 'torch', 'jax') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    assert done.stdout.strip() == "[]"
