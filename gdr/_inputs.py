@@ -116,19 +116,19 @@ def prepare(
             _specs.clear()
         _specs[key] = spec
 
+    if op == "chunk":
+        check_whole_number("chunk_size", chunk_size)
+        check_flag("batch_invariant", batch_invariant)
     call = Call(
         spec,
         spec.K**-0.5 if scale is None else number("scale", scale),
         positive("softplus_beta", softplus_beta),
         number("softplus_threshold", softplus_threshold),
         _arrays.library_of(operands["a" if op == "gate" else "v"]),
-        chunk_size,
-        batch_invariant,
+        int(chunk_size),
+        bool(batch_invariant),
         *arrays,
     )
-    if op == "chunk":
-        check_whole_number("chunk_size", chunk_size)
-        check_flag("batch_invariant", batch_invariant)
     for name in ("out", "final_state"):
         x = operands.get(name)
         if x is not None and not _arrays.library_of(x).writable(x):
