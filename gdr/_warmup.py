@@ -1,7 +1,8 @@
 """Compiles ahead of time what a pool of states would compile at its first calls.
 
-Each launcher of CUDA kernels has ``specializations(spec, multiprocessors)``: the kernels, as stems and definitions,
-that a call with this `Spec` needs.
+Each launcher of CUDA kernels has ``specializations(spec, multiprocessors, shared)``: the kernels, as stems and
+definitions, that a call with this `Spec` and aligned arrays needs on a GPU with so many multiprocessors and so much
+shared memory a block.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 from gdr._arrays import FLOATS
 from gdr._spec import DEVICE_FLOATS, LAYOUTS, MAX_HEAD_DIM, Spec
@@ -99,8 +100,13 @@ def _warm_up_cuda(device: int, specs: list[Spec]) -> list[str]:
     from gdr import _cuda_loader
 
     cupy = _cuda_loader.require_device(device)
-    multiprocessors = int(cupy.cuda.Device(device).attributes["MultiProcessorCount"])
-    wanted = dict(specializations(specs, multiprocessors, _cuda_loader.compute_capability(device)))
+    attributes = cupy.cuda.Device(device).attributes
+    gpu = Gpu(
+        _cuda_loader.compute_capability(device),
+        attributes["MultiProcessorCount"],
+        attributes["MaxSharedMemoryPerBlockOptin"],
+    )
+    wanted = dict(specializations(specs, gpu))
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
         kernels = pool.map(lambda job: _cuda_loader.load(job[0], job[1], device), wanted.values())
         return [repr(kernel) for kernel in kernels]
@@ -131,9 +137,15 @@ def launchers() -> Iterator[tuple[str, ModuleType]]:
             yield op, importlib.import_module(name)
 
 
-def specializations(
-    specs: list[Spec], multiprocessors: int, capability: int
-) -> Iterator[tuple[tuple[Any, ...], Specialization]]:
+class Gpu(NamedTuple):
+    """What of a GPU decides which kernels it runs."""
+
+    capability: int  # 90 for 9.0
+    multiprocessors: int
+    shared: int  # bytes a block may have
+
+
+def specializations(specs: list[Spec], gpu: Gpu) -> Iterator[tuple[tuple[Any, ...], Specialization]]:
     """Yield the kernels of calls on a GPU, each with what identifies it; the same one may come more than once."""
     from gdr import _cuda_loader
 
@@ -141,8 +153,8 @@ def specializations(
     for spec in specs:
         if spec.op not in modules:
             continue
-        for stem, defines in modules[spec.op].specializations(spec, multiprocessors):
-            if capability >= _cuda_loader.read_source(stem).requires:
+        for stem, defines in modules[spec.op].specializations(spec, gpu.multiprocessors, gpu.shared):
+            if gpu.capability >= _cuda_loader.read_source(stem).requires:
                 yield (stem, *sorted(defines.items())), (stem, defines)
 
 

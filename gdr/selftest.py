@@ -11,6 +11,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -50,8 +51,7 @@ def run(args: argparse.Namespace) -> int:
     for place in places:
         print(f"{place.name}: {place.description}")
         cases = list(_cases(place, args.quick, args.seed))
-        with place.active():
-            results += [_attempt(case, place) for case in _progress(cases, place.name)]
+        results += _run_cases(cases, place)
     print(f"\n{table(results)}")
     failed = [result for result in results if result.failures]
     for result in failed:
@@ -162,17 +162,24 @@ def _places(device: str | None) -> Iterator[Place]:
     )
 
 
-def _progress(cases: list[Case], name: str) -> Iterator[Case]:
+def _run_cases(cases: list[Case], place: Place) -> list[Result]:
+    """Run all cases behind a progress bar; on a GPU in several threads, for most of the time goes to the compiler."""
+    threads = 1 if place.ordinal is None else min(8, os.cpu_count() or 1)
+    with ThreadPoolExecutor(threads) as pool:
+        return list(_progress(pool.map(lambda case: _attempt(case, place), cases), len(cases), place.name))
+
+
+def _progress(results: Iterator[Result], total: int, name: str) -> Iterator[Result]:
     """Iterate behind a progress bar: tqdm's where it is installed, else a count; on a terminal only."""
     try:
         from tqdm import tqdm
     except ImportError:
-        for done, case in enumerate(cases, 1):
-            yield case
+        for done, result in enumerate(results, 1):
+            yield result
             if sys.stderr.isatty():
-                print(f"\r{name}: {done} of {len(cases)}", end="" if done < len(cases) else "\n", file=sys.stderr)
+                print(f"\r{name}: {done} of {total}", end="" if done < total else "\n", file=sys.stderr)
     else:
-        yield from tqdm(cases, desc=name, unit="case", leave=False, disable=None)
+        yield from tqdm(results, total=total, desc=name, unit="case", leave=False, disable=None)
 
 
 def _cases(place: Place, quick: bool, seed: int) -> Iterator[Case]:
@@ -288,7 +295,8 @@ def _attempt(case: Case, place: Place) -> Result:
         from gdr.testing import make_inputs
 
         x = case.change(make_inputs(**case.inputs))
-        _OPERATIONS[case.op](case, place, x, result)
+        with place.active():
+            _OPERATIONS[case.op](case, place, x, result)
     except Exception as error:  # the report of a self-test has every kind of failure
         result.failures.append(f"{type(error).__name__}: {error}")
     return result

@@ -16,7 +16,8 @@ pytest.importorskip("cuda.bindings.nvrtc")
 nvrtc = pytest.importorskip("nvrtc")
 
 DTYPES = ("float32", "float16", "bfloat16")
-MULTIPROCESSORS = 132
+# Shared memory that a block may have.
+SHARED = {75: 64 << 10, 80: 163 << 10, 86: 99 << 10, 89: 99 << 10, 90: 227 << 10, 100: 227 << 10, 120: 99 << 10}
 Job = tuple[str, dict[str, Any]]
 
 
@@ -83,7 +84,7 @@ def chunk_specs() -> Iterator[Spec]:
 
 def jobs(specs: Iterable[Spec], arch: int) -> list[Job]:
     """The different kernels that calls choose on a GPU."""
-    return list(dict(warmup.specializations(list(specs), MULTIPROCESSORS, arch)).values())
+    return list(dict(warmup.specializations(list(specs), warmup.Gpu(arch, 132, SHARED[arch]))).values())
 
 
 def all_specs() -> list[Spec]:
