@@ -301,7 +301,8 @@ def _chunk_head(q: Array, k: Array, v: Array, g: Array, beta: Array, h: Array) -
         D[j, j] = 1.0
         D[j + 1 :, j] = np.exp(np.cumsum(g[j + 1 :]))
     A = np.eye(C) + np.tril(beta[:, None] * (k @ k.T) * D, -1)
-    U = solve_triangular(A, beta[:, None] * (v - d[:, None] * (k @ h)), lower=True, unit_diagonal=True)
+    rhs = beta[:, None] * (v - d[:, None] * (k @ h))
+    U = solve_triangular(A, rhs, lower=True, unit_diagonal=True, check_finite=False)
     o = d[:, None] * (q @ h) + np.tril((q @ k.T) * D) @ U
     h = d[-1] * h + (D[-1][:, None] * k).T @ U
     return o, h

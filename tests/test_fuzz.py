@@ -100,6 +100,12 @@ def random_call(operation, rng, memory):
 
 
 def mutate_array(x: np.ndarray, rng):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of casts
+        return mutated_array(x, rng)
+
+
+def mutated_array(x: np.ndarray, rng):
     choice = rng.integers(14)
     axis = int(rng.integers(x.ndim)) if x.ndim else 0
     if choice == 0 and x.ndim:  # one more or one less along an axis
@@ -111,12 +117,10 @@ def mutate_array(x: np.ndarray, rng):
     if choice == 3 and x.ndim and x.shape[0]:
         return x[0]
     if choice == 4:
-        return x.astype(DTYPES[rng.integers(4)])
+        return x.astype(np.float32).astype(DTYPES[rng.integers(4)])
     if choice == 5:
         kind = WRONG_DTYPES[rng.integers(len(WRONG_DTYPES))]
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            return x.astype(np.float32).astype(kind)
+        return x.astype(np.float32).astype(kind)
     if choice == 6:
         return NO_ARRAYS[rng.integers(len(NO_ARRAYS))]
     if choice == 7:
