@@ -23,7 +23,8 @@ constexpr int kColumns = kLanes * kChunk;                     // columns of a bl
 static_assert(kLaneSplits >= 1 && kColumns <= kThreads);
 
 constexpr int kTokenLanes = 16;
-using Tokens = TokenBlock<kTokenLanes, 4, kColumns>;
+using Tokens = TokenBlock<kThreads, kTokenLanes, 4, kColumns>;
+using Loader = TokenLoader<kThreads, kTokenLanes, 4, kColumns>;
 
 // Partial sums of both products by warp, and u on its way back.
 struct Exchange {
@@ -131,28 +132,34 @@ extern "C" __global__ void __launch_bounds__(kThreads, GDR_MIN_BLOCKS)
     fused_recurrent_kv(const __grid_constant__ Params p) {
     __shared__ Tokens tokens;
     __shared__ Exchange exchange;
-    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, hv = blockIdx.y;
-    const i64 n = p.first_sequence + static_cast<i64>(blockIdx.z);
-    const int block_column = blockIdx.x * kColumns;
-    Tile tile(lane, warp, block_column);
+    const Block<ceil_div(kV, kColumns)> block(p);
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    const int first_column = block.slice * kColumns;
+    Tile tile(lane, warp, first_column);
 
-    const Rows rows(p, n);
-    const Span span = find_span(p, n);
-    const Work work(p, rows, hv);
-    if (work.padding) return write_zeros(p, span, hv, block_column, min(block_column + kColumns, kV));
+    const Rows rows(p, block.n);
+    const Span span = find_span(p, block.n);
+    Loader loader;
+    if (span.length > 0) loader.load(p, block, span, 0, first_column);
+    const Work work(p, rows, block.hv);
+    if (work.padding) return write_zeros(p, span, block.hv, first_column, min(first_column + kColumns, kV));
     if (work.nothing_to_do(span)) return;
     tile.load(work.read, p.initial_strides.row);
+    if (span.length > 0) loader.store(p, tokens);
     tile.open();
 
     // Thread t finishes column t.
-    const bool finishes = threadIdx.x < kColumns && block_column + threadIdx.x < kV;
+    const bool finishes = threadIdx.x < kColumns && first_column + threadIdx.x < kV;
 #pragma unroll 1
     for (i64 first = 0; first < span.length; first += kTokens) {
-        if (first > 0) __syncthreads();
-        tokens.fill<kThreads>(p, span, first, hv, block_column);
+        if (first > 0) {
+            loader.load(p, block, span, first, first_column);
+            __syncthreads();
+            loader.store(p, tokens);
+        }
         __syncthreads();
         const int count = static_cast<int>(min(span.length - first, static_cast<i64>(kTokens)));
-        char* out = at(p.out, kQkv, offset_of(p.out_strides, span, first, hv) + block_column + threadIdx.x);
+        char* out = at(p.out, kQkv, offset_of(p.out_strides, span, first, block.hv) + first_column + threadIdx.x);
 #pragma unroll 1
         for (int t = 0; t < count; ++t) {
             float x[2 * kChunk];

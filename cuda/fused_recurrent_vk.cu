@@ -29,7 +29,8 @@ constexpr int kSharers = kLanes / kLaneRows;                // lanes that end up
 static_assert(kLaneRows <= kLanes && kLanes % kLaneRows == 0);
 
 using LaneToken = Token<kLanes, kChunk>;
-using Tokens = TokenBlock<kLanes, kChunk, kRows>;
+using Tokens = TokenBlock<kThreads, kLanes, kChunk, kRows>;
+using Loader = TokenLoader<kThreads, kLanes, kChunk, kRows>;
 constexpr int kChunks = LaneToken::kChunks;
 
 struct Tile {
@@ -65,7 +66,7 @@ struct Tile {
     }
 
     // One token. `v` is the value of the row whose sums this lane ends up with; the row's output is returned.
-    __device__ __forceinline__ float step(LaneToken& token, const Scalars& s, float v, int lane) {
+    __device__ __forceinline__ float step(const LaneToken& token, const Scalars& s, float v, int lane) {
         float hk[kLaneRows], hq[kLaneRows];
 #pragma unroll
         for (int r = 0; r < kLaneRows; ++r) {
@@ -104,50 +105,57 @@ struct Tile {
 
 extern "C" __global__ void __launch_bounds__(kThreads, GDR_MIN_BLOCKS)
     fused_recurrent_vk(const __grid_constant__ Params p) {
-    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, hv = blockIdx.y;
-    const i64 n = p.first_sequence + static_cast<i64>(blockIdx.z);
-    const int block_row = blockIdx.x * kRows;
-    Tile tile(lane, block_row + warp * (kLaneRows * kWarpRows));
+    const Block<ceil_div(kV, kRows)> block(p);
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    const int first_row = block.slice * kRows;
+    Tile tile(lane, first_row + warp * (kLaneRows * kWarpRows));
 
     // The row whose sums this lane ends up with.
     const int own = tile.row + tile.part / kSharers * kWarpRows;
     const bool writes = tile.part % kSharers == 0 && own < kV;
 
-    const Rows rows(p, n);
-    const Span span = find_span(p, n);
+    const Rows rows(p, block.n);
+    const Span span = find_span(p, block.n);
     if constexpr (kOneToken) {
-        LaneToken token;
-        Gates gates;
-        token.load(p, span, 0, hv / p.group, tile.part);
-        gates.load(p, span, 0, hv);
-        const float v = own < kV ? load<kQkv>(p.v, offset_of(p.v_strides, span, 0, hv) + own) : 0.f;
-        const Work work(p, rows, hv);
-        if (work.padding) return write_zeros(p, span, hv, block_row, min(block_row + kRows, kV));
+        LaneToken::Words words;
+        GateBits gates;
+        u32 value = 0;
+        words.load(p, span, 0, block.h, tile.part);
+        gates.load(p, span, 0, block.hv);
+        if (own < kV) value = load_bits(kQkv, p.v, offset_of(p.v_strides, span, 0, block.hv) + own);
+        const Work work(p, rows, block.hv);
+        if (work.padding) return write_zeros(p, span, block.hv, first_row, min(first_row + kRows, kV));
         tile.load(work.read, p.initial_strides.row);
-        const Scalars s = token.scalars(p.scale, gates.decay(p), gates.beta());
+        const LaneToken token(words);
+        const Scalars s = token.scalars(p.scale, gates.decay(p), gates.beta(p));
         tile.open();
-        const float o = tile.step(token, s, v, lane);
+        const float o = tile.step(token, s, value_of(kQkv, value), lane);
         tile.store(work.write, p.final_strides.row);
-        if (writes) store<kQkv>(p.out, offset_of(p.out_strides, span, 0, hv) + own, o);
+        if (writes) store<kQkv>(p.out, offset_of(p.out_strides, span, 0, block.hv) + own, o);
     } else {
         __shared__ Tokens tokens;
-        const Work work(p, rows, hv);
-        if (work.padding) return write_zeros(p, span, hv, block_row, min(block_row + kRows, kV));
+        Loader loader;
+        if (span.length > 0) loader.load(p, block, span, 0, first_row);
+        const Work work(p, rows, block.hv);
+        if (work.padding) return write_zeros(p, span, block.hv, first_row, min(first_row + kRows, kV));
         if (work.nothing_to_do(span)) return;
         tile.load(work.read, p.initial_strides.row);
+        if (span.length > 0) loader.store(p, tokens);
         tile.open();
 #pragma unroll 1
         for (i64 first = 0; first < span.length; first += kTokens) {
-            if (first > 0) __syncthreads();
-            tokens.fill<kThreads>(p, span, first, hv, block_row);
+            if (first > 0) {
+                loader.load(p, block, span, first, first_row);
+                __syncthreads();
+                loader.store(p, tokens);
+            }
             __syncthreads();
             const int count = static_cast<int>(min(span.length - first, static_cast<i64>(kTokens)));
-            char* out = at(p.out, kQkv, offset_of(p.out_strides, span, first, hv) + own);
+            char* out = at(p.out, kQkv, offset_of(p.out_strides, span, first, block.hv) + own);
 #pragma unroll 1
             for (int t = 0; t < count; ++t) {
-                LaneToken token;
-                tokens.read(t, tile.part, token);
-                const float o = tile.step(token, tokens.scalars[t], tokens.v[t][own - block_row], lane);
+                const float v = tokens.v[t][own - first_row];
+                const float o = tile.step(tokens.read(t, tile.part), tokens.scalars[t], v, lane);
                 if (writes) store<kQkv>(out, t * p.out_strides.token, o);
             }
         }

@@ -5,7 +5,6 @@ The tile never shows in the bits of a result: the kernels add up in one order wh
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from functools import cache
 from typing import NamedTuple
 
@@ -18,7 +17,7 @@ SIZES = {"float32": 4, "float16": 2, "bfloat16": 2}
 _LARGEST_GRID = 65535  # along y and z
 
 # The C struct Params of recurrent.cuh: pointers; scalars and the first sequence; then what a Spec fixes.
-_params = _cuda_loader.Params("13Q 3fi 18q 6q 5q 8i")
+_params = _cuda_loader.Params("13Q 3fi 18q 6q 5q 5i")
 PARAMS = {"fused_recurrent_kv": _params, "fused_recurrent_vk": _params}
 
 
@@ -30,11 +29,19 @@ class Tile(NamedTuple):
     columns: int
 
 
+class Variant(NamedTuple):
+    """What a kernel is chosen by beside the `Spec`: what only the pointers tell."""
+
+    tokens_aligned: bool  # q and k, to 16 bytes
+    states_aligned: bool
+    in_place: bool
+
+
 class Launch(NamedTuple):
     """A compiled kernel with the shape of its blocks."""
 
     kernel: _cuda_loader.Kernel
-    columns: int  # blocks along V
+    blocks: int  # for one key head of a sequence
     block: tuple[int, int, int]
 
 
@@ -45,20 +52,15 @@ class Plan:
         self.spec = spec
         self.raw = spec.gates == "raw"
         self.fixed = _fixed(spec)
-        self.tokens_fit, self.states_fit = _whole_chunks(spec)
-        self.launches: dict[tuple[bool, bool], Launch] = {}
+        self.launches: dict[tuple[bool, bool, bool], Launch] = {}
 
-    def launch(self, tokens_aligned: bool, states_aligned: bool) -> Launch:
-        """Give the kernel for pointers that are, or are not, aligned to 16 bytes."""
-        key = (tokens_aligned and self.tokens_fit, states_aligned and self.states_fit)
-        launch = self.launches.get(key)
-        if launch is None:
-            device = int(self.spec.device)
-            tile = pick_tile(self.spec, _multiprocessors(device))
-            stem, defines = specialization(self.spec, tile, *key)
-            kernel = _cuda_loader.load(stem, defines, device)
-            blocks = -(-self.spec.V // tile.columns)
-            launch = self.launches[key] = Launch(kernel, blocks, (tile.threads, 1, 1))
+    def launch(self, variant: tuple[bool, bool, bool]) -> Launch:
+        """Compile the kernel for a variant, once."""
+        device = int(self.spec.device)
+        tile = pick_tile(self.spec, _multiprocessors(device))
+        kernel = _cuda_loader.load(*_specialize(self.spec, tile, Variant(*variant)), device)
+        blocks = -(-self.spec.V // tile.columns) * (self.spec.HV // self.spec.H)
+        launch = self.launches[variant] = Launch(kernel, blocks, (tile.threads, 1, 1))
         return launch
 
 
@@ -74,7 +76,10 @@ def run(call: Call) -> None:
     final = 0 if call.final_state is None else pointer(call.final_state)
     a, b = (call.a, call.b) if plan.raw else (call.g, call.beta)
     initial_slots = 0 if call.initial_slots is None else pointer(call.initial_slots)
-    launch = plan.launch(not (q | k) & 15, not (initial | final) & 15)
+    final_slots = 0 if call.final_slots is None else pointer(call.final_slots)
+    in_place = call.final_state is call.initial_state and final_slots == initial_slots
+    variant = (not (q | k) & 15, not (initial | final) & 15, in_place)
+    launch = plan.launches.get(variant) or plan.launch(variant)
     stream = call.stream
     for first in range(0, spec.N, _LARGEST_GRID):
         _params.pack(
@@ -89,7 +94,7 @@ def run(call: Call) -> None:
             initial,
             initial_slots,
             final,
-            0 if call.final_slots is None else pointer(call.final_slots),
+            final_slots,
             0 if call.cu_seqlens is None else pointer(call.cu_seqlens),
             call.scale,
             call.softplus_beta,
@@ -97,14 +102,23 @@ def run(call: Call) -> None:
             first,
             *plan.fixed,
         )
-        grid = (launch.columns, spec.HV, min(spec.N - first, _LARGEST_GRID))
+        grid = (launch.blocks, spec.H, min(spec.N - first, _LARGEST_GRID))
         launch.kernel.launch(grid, launch.block, _params, stream)
 
 
-def specialization(
-    spec: Spec, tile: Tile, tokens_aligned: bool, states_aligned: bool
-) -> tuple[str, dict[str, _cuda_loader.Define]]:
-    """Stem and definitions of the kernel for a `Spec`."""
+def specializations(spec: Spec, multiprocessors: int, shared: int) -> list[tuple[str, dict[str, _cuda_loader.Define]]]:
+    """List the kernels that aligned calls with this `Spec` use, in place where it allows that."""
+    states = ("initial_state", "final_state")
+    one_array = all(
+        spec.initial_dtype and values.get(states[0]) == values.get(states[1])
+        for values in (spec.dtypes, spec.shapes, spec.strides)
+    )
+    return [_specialize(spec, pick_tile(spec, multiprocessors), Variant(True, True, one_array))]
+
+
+def _specialize(spec: Spec, tile: Tile, variant: Variant) -> tuple[str, dict[str, _cuda_loader.Define]]:
+    """Stem and definitions of a kernel."""
+    chunk = _chunk(spec)
     row = spec.K if spec.layout == "vk" else spec.V
     states = [name for name in ("initial_state", "final_state") if name in spec.strides]
     return f"fused_recurrent_{spec.layout}", {
@@ -115,57 +129,17 @@ def specialization(
         "GDR_V": spec.V,
         "GDR_RAW_GATES": spec.gates == "raw",
         "GDR_L2NORM": spec.l2norm,
-        "GDR_VARLEN": spec.varlen,
-        "GDR_ONE_TOKEN": _one_token(spec),
-        "GDR_ALIGNED_TOKENS": tokens_aligned,
-        "GDR_ALIGNED_STATES": states_aligned,
+        "GDR_ONE_TOKEN": spec.T == 1 and not spec.varlen,
+        "GDR_CU_SEQLENS": _index_bytes(spec, "cu_seqlens"),
+        "GDR_INITIAL_SLOTS": _index_bytes(spec, "initial_slots"),
+        "GDR_FINAL_SLOTS": 0 if variant.in_place else _index_bytes(spec, "final_slots"),
+        "GDR_IN_PLACE": variant.in_place,
+        "GDR_ALIGNED_TOKENS": variant.tokens_aligned
+        and all(_whole_chunks(spec, name, chunk if spec.layout == "vk" else 4) for name in ("q", "k")),
+        "GDR_ALIGNED_STATES": variant.states_aligned and all(_whole_chunks(spec, name, chunk) for name in states),
         "GDR_DENSE_STATES": all(spec.strides[name][2] == row for name in states),
         **tile.defines,
     }
-
-
-def specializations(spec: Spec, multiprocessors: int) -> list[tuple[str, dict[str, _cuda_loader.Define]]]:
-    """The kernels that a call with this `Spec` and aligned arrays needs, for ahead-of-time compilation."""
-    return [specialization(spec, pick_tile(spec, multiprocessors), *_whole_chunks(spec))]
-
-
-def specialisations() -> Iterator[tuple[str, dict[str, _cuda_loader.Define]]]:
-    """Yield a cross-section of all there are: every tile of the usual head size, and each flag at least once."""
-    usual: dict[str, _cuda_loader.Define] = {
-        "GDR_QKV": 2,
-        "GDR_RAW_GATES": True,
-        "GDR_L2NORM": True,
-        "GDR_VARLEN": False,
-        "GDR_ONE_TOKEN": True,
-        "GDR_ALIGNED_TOKENS": True,
-        "GDR_ALIGNED_STATES": True,
-        "GDR_DENSE_STATES": True,
-    }
-    other: list[dict[str, _cuda_loader.Define]] = [
-        {"GDR_ONE_TOKEN": False},
-        {"GDR_ONE_TOKEN": False, "GDR_VARLEN": True, "GDR_QKV": 1},
-        {"GDR_RAW_GATES": False, "GDR_L2NORM": False, "GDR_QKV": 0},
-        {"GDR_ALIGNED_TOKENS": False, "GDR_ALIGNED_STATES": False, "GDR_DENSE_STATES": False},
-    ]
-    for stem, pick in (("fused_recurrent_vk", _pick_vk), ("fused_recurrent_kv", _pick_kv)):
-        for K, V in ((128, 128), (64, 64), (256, 256), (100, 36), (5, 3)):
-            for initial, final in ((0, 0), (1, 1), (2, 2), (2, 0), (-1, 0), (0, -1), (-1, -1)):
-                chunk = 4 if max(initial, final) == 0 or initial == 0 or initial == final == -1 else 8
-                tiles = [pick(K, V, chunk, 1 << heads, 132).defines for heads in range(14)]
-                tiles = [tile for i, tile in enumerate(tiles) if tile not in tiles[:i]]
-                if K != 128 or initial != final:
-                    tiles = tiles[-1:]
-                states: dict[str, _cuda_loader.Define] = {
-                    "GDR_K": K,
-                    "GDR_V": V,
-                    "GDR_INITIAL": initial,
-                    "GDR_FINAL": final,
-                }
-                for tile in tiles:
-                    yield stem, usual | states | tile
-                for change in other:
-                    if initial == final and (K == 128 or K % 8):
-                        yield stem, usual | states | tiles[-1] | change
 
 
 def pick_tile(spec: Spec, multiprocessors: int) -> Tile:
@@ -212,22 +186,15 @@ def _chunk(spec: Spec) -> int:
     return 16 // SIZES[spec.initial_dtype or spec.final_dtype or "float32"]
 
 
-def _one_token(spec: Spec) -> bool:
-    return spec.T == 1 and not spec.varlen
+def _index_bytes(spec: Spec, name: str) -> int:
+    return {None: 0, "int32": 4, "int64": 8}[spec.dtypes.get(name)]
 
 
-def _whole_chunks(spec: Spec) -> tuple[bool, bool]:
-    """Whether chunks of q and k, and of the states, are whole and aligned wherever the arrays begin aligned."""
-
-    def fits(name: str, chunk: int) -> bool:
-        strides, shape = spec.strides[name], spec.shapes[name]
-        steps = [stride for stride, extent in zip(strides[:-1], shape[:-1]) if extent > 1]
-        return shape[-1] % chunk == 0 and not any(step * SIZES[spec.dtypes[name]] % 16 for step in steps)
-
-    chunk = _chunk(spec)
-    tokens = all(fits(name, chunk if spec.layout == "vk" else 4) for name in ("q", "k"))
-    states = all(fits(name, chunk) for name in ("initial_state", "final_state") if name in spec.strides)
-    return tokens, states
+def _whole_chunks(spec: Spec, name: str, chunk: int) -> bool:
+    """Whether rows are whole chunks, and aligned to 16 bytes wherever the array itself is."""
+    strides, shape = spec.strides[name], spec.shapes[name]
+    steps = [stride for stride, extent in zip(strides[:-1], shape[:-1]) if extent > 1]
+    return shape[-1] % chunk == 0 and not any(step * SIZES[spec.dtypes[name]] % 16 for step in steps)
 
 
 def _fixed(spec: Spec) -> tuple[int, ...]:
@@ -242,7 +209,6 @@ def _fixed(spec: Spec) -> tuple[int, ...]:
         spec.T,
         spec.HV // spec.H,
         *(TYPES[spec.dtypes.get(name)] for name in ("A_log", "dt_bias", a, b)),
-        *(int(spec.dtypes.get(name) == "int64") for name in ("initial_slots", "final_slots", "cu_seqlens")),
     )
 
 

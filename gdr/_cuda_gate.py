@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 from gdr import _arrays, _cuda_loader
 from gdr._cuda_fused_recurrent import TYPES
 from gdr._inputs import Call
@@ -39,11 +37,6 @@ def run(call: Call) -> None:
     kernel.launch((blocks, 1, 1), (_THREADS, 1, 1), _params, call.stream)
 
 
-def specializations(spec: Spec, multiprocessors: int) -> list[tuple[str, dict[str, _cuda_loader.Define]]]:
+def specializations(spec: Spec, multiprocessors: int, shared: int) -> list[tuple[str, dict[str, _cuda_loader.Define]]]:
     """The kernels that a call needs, for ahead-of-time compilation: always the same one."""
     return [("gate", {})]
-
-
-def specialisations() -> Iterator[tuple[str, dict[str, _cuda_loader.Define]]]:
-    """Yield the one kernel there is."""
-    yield "gate", {}

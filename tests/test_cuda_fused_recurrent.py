@@ -111,7 +111,7 @@ def test_a_float32_state_keeps_its_accuracy(layout: str, T: int) -> None:
         B=4, T=T, H=4, HV=8, K=128, V=128, dtype="bfloat16", gate_dtype="bfloat16", layout=layout, normalize=False
     )
     _, pool = update(x.to("cupy", "cuda"), layout)
-    assert relative_rms(to_numpy(pool)[x.slots], expected(x, layout)[1][x.slots]) <= 2e-7
+    assert relative_rms(to_numpy(pool)[x.slots], expected(x, layout)[1][x.slots]) <= (2e-7 if T <= 8 else 4e-7)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

@@ -21,8 +21,6 @@ __device__ __forceinline__ u16 float_to_half(float x) {
     return y;
 }
 
-__device__ __forceinline__ float bfloat16_to_float(u16 x) { return __uint_as_float(u32{x} << 16); }
-
 __device__ __forceinline__ u16 float_to_bfloat16(float x) {
 #if __CUDA_ARCH__ >= 800
     u16 y;
@@ -77,9 +75,9 @@ __device__ __forceinline__ u32 load4(const void* from) {
     return x;
 }
 
-__device__ __forceinline__ u16 load2(const void* from) {
-    u16 x;
-    asm volatile("ld.global.u16 %0, [%1];" : "=h"(x) : "l"(from));
+__device__ __forceinline__ u32 load2(const void* from) {
+    u32 x;
+    asm volatile("ld.global.u16 %0, [%1];" : "=r"(x) : "l"(from));
     return x;
 }
 

@@ -5,8 +5,10 @@
 //   GDR_K, GDR_V                         head dimensions
 //   GDR_RAW_GATES                        a and b are logits, else log decay and write strength
 //   GDR_L2NORM                           q and k are divided by their lengths
-//   GDR_VARLEN                           packed sequences, else every sequence has T tokens
-//   GDR_ONE_TOKEN                        T is 1
+//   GDR_ONE_TOKEN                        every sequence has one token
+//   GDR_CU_SEQLENS, GDR_INITIAL_SLOTS, GDR_FINAL_SLOTS   bytes of an index, 0 for "no such array"; without cu_seqlens
+//                                        every sequence has T tokens, without slots sequence n has row n
+//   GDR_IN_PLACE                         a state is written where it was read; GDR_FINAL_SLOTS says nothing then
 //   GDR_ALIGNED_TOKENS, GDR_ALIGNED_STATES   chunks can be moved whole
 //   GDR_DENSE_STATES                     rows of a state follow one another without gaps
 #pragma once
@@ -20,9 +22,11 @@ namespace gdr {
 
 constexpr int kQkv = GDR_QKV, kInitial = GDR_INITIAL, kFinal = GDR_FINAL;
 constexpr int kK = GDR_K, kV = GDR_V;
-constexpr bool kRawGates = GDR_RAW_GATES, kL2Norm = GDR_L2NORM, kVarlen = GDR_VARLEN, kOneToken = GDR_ONE_TOKEN;
+constexpr bool kRawGates = GDR_RAW_GATES, kL2Norm = GDR_L2NORM, kOneToken = GDR_ONE_TOKEN;
 constexpr bool kAlignedTokens = GDR_ALIGNED_TOKENS, kAlignedStates = GDR_ALIGNED_STATES;
 constexpr bool kDenseStates = GDR_DENSE_STATES;
+constexpr int kCuSeqlens = GDR_CU_SEQLENS, kInitialSlots = GDR_INITIAL_SLOTS, kFinalSlots = GDR_FINAL_SLOTS;
+constexpr bool kInPlace = GDR_IN_PLACE;
 constexpr bool kHasInitial = kInitial >= 0, kHasFinal = kFinal >= 0;
 
 // The state moves in chunks of 16 bytes of its stored type.
@@ -59,22 +63,24 @@ struct Params {
     i64 T;
     int group;  // value heads of a key head
     int A_log_type, dt_bias_type, a_type, b_type;
-    int initial_slots_wide, final_slots_wide, cu_seqlens_wide;  // int64, else int32
 };
 
-// An index that is being loaded: nothing waits for it before value() is asked for.
-struct Index {
-    u32 low = 0, high = 0;
-    bool wide = true;
+// Element n of an array of indices of kBytes each, or n itself without an array. It is on its way until value().
+template <int kBytes>
+class Index {
+    i64 n_;
+    u32 words_[2];
 
-    __device__ __forceinline__ void load(const void* base, i64 i, bool is_wide) {
-        wide = is_wide;
-        const char* from = static_cast<const char*>(base) + i * (wide ? 8 : 4);
-        low = ptx::load4(from);
-        if (wide) high = ptx::load4(from + 4);
+  public:
+    __device__ __forceinline__ Index(const void* base, i64 n) : n_(n) {
+        const char* from = static_cast<const char*>(base) + n * kBytes;
+        if constexpr (kBytes == 4) words_[0] = ptx::load4(from);
+        if constexpr (kBytes == 8) words_[0] = ptx::load4(from), words_[1] = ptx::load4(from + 4);
     }
     __device__ __forceinline__ i64 value() const {
-        return wide ? static_cast<i64>(static_cast<unsigned long long>(high) << 32 | low) : static_cast<int>(low);
+        if constexpr (kBytes == 4) return static_cast<int>(words_[0]);
+        if constexpr (kBytes == 8) return static_cast<i64>(static_cast<unsigned long long>(words_[1]) << 32 | words_[0]);
+        return n_;
     }
 };
 
@@ -84,38 +90,36 @@ struct Span {
 };
 
 __device__ __forceinline__ Span find_span(const Params& p, i64 n) {
-    if constexpr (!kVarlen) return {n, 0, kOneToken ? 1 : p.T};
-    Index begin, end;
-    begin.load(p.cu_seqlens, n, p.cu_seqlens_wide);
-    end.load(p.cu_seqlens, n + 1, p.cu_seqlens_wide);
+    if constexpr (kCuSeqlens == 0) return {n, 0, kOneToken ? 1 : p.T};
+    const Index<kCuSeqlens> begin(p.cu_seqlens, n), end(p.cu_seqlens, n + 1);
     // Whatever the offsets are, no token outside the arrays is touched.
     const i64 first = max(begin.value(), 0ll), last = min(end.value(), p.T);
     return {0, first, max(last - first, 0ll)};
 }
 
-// The rows of the state arrays that sequence n reads and writes.
-class Rows {
-  public:
-    __device__ __forceinline__ Rows(const Params& p, i64 n)
-        : read_slots_(p.initial_slots != nullptr),
-          write_slots_(p.final_slots != nullptr && p.final_slots != p.initial_slots),
-          n_(n) {
-        if (read_slots_) read_.load(p.initial_slots, n, p.initial_slots_wide);
-        if (write_slots_) write_.load(p.final_slots, n, p.final_slots_wide);
-        same_slots_ = p.final_slots != nullptr && p.final_slots == p.initial_slots;
-    }
-    __device__ __forceinline__ i64 read() const { return read_slots_ ? read_.value() : n_; }
-    __device__ __forceinline__ i64 write() const {
-        return same_slots_ ? read() : write_slots_ ? write_.value() : n_;
-    }
+// The rows of the state arrays that a sequence reads and writes.
+struct Rows {
+    Index<kInitialSlots> read;
+    Index<kInPlace ? 0 : kFinalSlots> write;
 
-  private:
-    Index read_, write_;
-    bool read_slots_, write_slots_, same_slots_;
-    i64 n_;
+    __device__ __forceinline__ Rows(const Params& p, i64 n) : read(p.initial_slots, n), write(p.final_slots, n) {
+        __syncwarp();
+    }
 };
 
-__device__ __forceinline__ bool inside(i64 row, i64 rows) { return row >= 0 && row < rows; }
+// Which part of the work a block does. Along x the grid has the blocks of one state, then the value heads of one key
+// head; along y the key heads, along z the sequences.
+template <int kBlocks>
+struct Block {
+    i64 n;
+    int h, hv, slice;
+
+    __device__ __forceinline__ explicit Block(const Params& p)
+        : n(p.first_sequence + static_cast<i64>(blockIdx.z)),
+          h(blockIdx.y),
+          hv(blockIdx.y * p.group + blockIdx.x / kBlocks),
+          slice(blockIdx.x % kBlocks) {}
+};
 
 // A padded row's outputs are 0; its columns [first, last) belong to this block.
 __device__ __forceinline__ void write_zeros(const Params& p, const Span& span, int hv, int first, int last) {
@@ -129,23 +133,28 @@ __device__ __forceinline__ i64 offset_of(const TokenStrides& s, const Span& span
     return span.batch * s.batch + (span.first + t) * s.token + head * s.head;
 }
 
-// Logits of a token, or its ready gates.
-struct Gates {
-    float A_log, dt_bias, a, b;
+// Logits of a token, or its ready gates, as they are loaded.
+struct GateBits {
+    u32 A_log, dt_bias, a, b;
 
     __device__ __forceinline__ void load(const Params& p, const Span& span, i64 t, int hv) {
         if constexpr (kRawGates) {
-            A_log = gdr::load(p.A_log_type, p.A_log, hv * p.A_log_stride);
-            dt_bias = gdr::load(p.dt_bias_type, p.dt_bias, hv * p.dt_bias_stride);
+            A_log = load_bits(p.A_log_type, p.A_log, hv * p.A_log_stride);
+            dt_bias = load_bits(p.dt_bias_type, p.dt_bias, hv * p.dt_bias_stride);
         }
-        a = gdr::load(p.a_type, p.a, offset_of(p.a_strides, span, t, hv));
-        b = gdr::load(p.b_type, p.b, offset_of(p.b_strides, span, t, hv));
+        a = load_bits(p.a_type, p.a, offset_of(p.a_strides, span, t, hv));
+        b = load_bits(p.b_type, p.b, offset_of(p.b_strides, span, t, hv));
     }
     __device__ __forceinline__ float decay(const Params& p) const {
-        if constexpr (kRawGates) return expf(log_decay(A_log, a, dt_bias, p.softplus_beta, p.softplus_threshold));
-        return expf(a);
+        const float x = value_of(p.a_type, a);
+        if constexpr (!kRawGates) return expf(x);
+        const float rate = value_of(p.A_log_type, A_log), bias = value_of(p.dt_bias_type, dt_bias);
+        return expf(log_decay(rate, x, bias, p.softplus_beta, p.softplus_threshold));
     }
-    __device__ __forceinline__ float beta() const { return kRawGates ? sigmoid(b) : b; }
+    __device__ __forceinline__ float beta(const Params& p) const {
+        const float x = value_of(p.b_type, b);
+        return kRawGates ? sigmoid(x) : x;
+    }
 };
 
 // One token's scalars. With k and q as they are in memory, h the state before the token, and k_scale, q_scale what
@@ -163,19 +172,38 @@ struct alignas(32) Scalars {
 // A token's share of k and q in one of kLanes lanes: chunks of kSize elements, kLanes * kSize elements apart.
 template <int kLanes, int kSize>
 struct Token {
-    static constexpr int kChunks = ceil_div(kK, kLanes * kSize);
+    static constexpr int kChunks = ceil_div(kK, kLanes * kSize), kCount = kChunks * kSize;
     static constexpr bool kWhole = kK % (kLanes * kSize) == 0;
-    float k[kChunks * kSize], q[kChunks * kSize];
+    float k[kCount], q[kCount];
 
-    __device__ __forceinline__ void load(const Params& p, const Span& span, i64 t, int h, int part) {
-        load_vector(p.k, offset_of(p.k_strides, span, t, h), part, k);
-        load_vector(p.q, offset_of(p.q_strides, span, t, h), part, q);
+    // The same as it is loaded.
+    class Words {
+        static constexpr int kWords = words_of(kQkv, kSize);
+        u32 k_[kChunks * kWords], q_[kChunks * kWords];
+        friend Token;
+
+      public:
+        __device__ __forceinline__ void load(const Params& p, const Span& span, i64 t, int h, int part) {
+            const i64 k_index = offset_of(p.k_strides, span, t, h), q_index = offset_of(p.q_strides, span, t, h);
+#pragma unroll
+            for (int j = 0; j < kChunks; ++j) {
+                const int first = (j * kLanes + part) * kSize, valid = kWhole ? kSize : kK - first;
+                load_chunk<kQkv, kSize, kAlignedTokens>(p.k, k_index + first, valid, k_ + j * kWords);
+                load_chunk<kQkv, kSize, kAlignedTokens>(p.q, q_index + first, valid, q_ + j * kWords);
+            }
+        }
+    };
+
+    __device__ __forceinline__ Token() {}
+    __device__ __forceinline__ explicit Token(const Words& words) {
+        unpack<kQkv>(words.k_, k);
+        unpack<kQkv>(words.q_, q);
     }
 
     __device__ __forceinline__ Scalars scalars(float scale, float decay, float beta) const {
         float kk = 0.f, qq = 0.f, kq = 0.f;
 #pragma unroll
-        for (int i = 0; i < kChunks * kSize; ++i) {
+        for (int i = 0; i < kCount; ++i) {
             kk = fmaf(k[i], k[i], kk);
             qq = fmaf(q[i], q[i], qq);
             kq = fmaf(k[i], q[i], kq);
@@ -188,24 +216,16 @@ struct Token {
         }
         return {decay, beta, k_scale, decay * k_scale, decay * q_scale, k_scale * q_scale * kq};
     }
-
-  private:
-    static __device__ __forceinline__ void load_vector(const void* base, i64 index, int part, float* x) {
-#pragma unroll
-        for (int j = 0; j < kChunks; ++j) {
-            const int first = (j * kLanes + part) * kSize;
-            u32 words[words_of(kQkv, kSize)];
-            load_chunk<kQkv, kSize, kAlignedTokens>(base, index + first, kWhole ? kSize : kK - first, words);
-            unpack<kQkv>(words, *reinterpret_cast<float(*)[kSize]>(x + j * kSize));
-        }
-    }
 };
 
 // Tokens made ready in shared memory: k and q as float32, values of the block's columns, and scalars.
-template <int kLanes, int kSize, int kColumns>
+template <int kThreads, int kLanes, int kSize, int kColumns>
 struct TokenBlock {
-    using OneToken = Token<kLanes, kSize>;
-    static constexpr int kQuads = OneToken::kChunks * kSize / 4;
+    using LaneToken = Token<kLanes, kSize>;
+    static constexpr int kQuads = LaneToken::kCount / 4;
+    static constexpr int kPasses = ceil_div(kTokens * kLanes, kThreads);    // to make all tokens ready
+    static constexpr int kValues = ceil_div(kTokens * kColumns, kThreads);  // that a thread carries
+    static_assert(kThreads % kColumns == 0 && kThreads % kLanes == 0);
 
     // Four elements a lane at a time: quad i of lane `part` is elements 4 i .. 4 i + 3 of its share. With kSize == 4
     // that is the order in memory.
@@ -214,13 +234,15 @@ struct TokenBlock {
     Scalars scalars[kTokens];
 
     // Lane `part`'s share of token t.
-    __device__ __forceinline__ void read(int t, int part, OneToken& token) const {
+    __device__ __forceinline__ LaneToken read(int t, int part) const {
+        LaneToken token;
 #pragma unroll
         for (int i = 0; i < kQuads; ++i) {
             const float4 x = k[t][i][part], y = q[t][i][part];
             token.k[4 * i] = x.x, token.k[4 * i + 1] = x.y, token.k[4 * i + 2] = x.z, token.k[4 * i + 3] = x.w;
             token.q[4 * i] = y.x, token.q[4 * i + 1] = y.y, token.q[4 * i + 2] = y.z, token.q[4 * i + 3] = y.w;
         }
+        return token;
     }
 
     // kCount elements of k or q from a multiple of kCount on, where they lie in order (kSize == 4).
@@ -239,36 +261,63 @@ struct TokenBlock {
             for (int i = 0; i < kCount; ++i) x[i] = elements[i];
         }
     }
+};
 
-    // Called by every thread of the block, with barriers around it. The columns start at `first_column`.
-    template <int kThreads>
-    __device__ __forceinline__ void fill(const Params& p, const Span& span, i64 first, int hv, int first_column) {
-        const int part = threadIdx.x % kLanes, h = hv / p.group;
-        constexpr int kAtOnce = kThreads / kLanes;
-#pragma unroll 1
-        for (int i = threadIdx.x / kLanes; i < ceil_div(kTokens, kAtOnce) * kAtOnce; i += kAtOnce) {
-            // Every lane takes part in the sums; one without a token repeats the last one.
-            const i64 t = min(first + min(i, kTokens - 1), span.length - 1);
-            OneToken token;
-            Gates gates;
-            token.load(p, span, t, h, part);
-            gates.load(p, span, t, hv);
-            const Scalars s = token.scalars(p.scale, gates.decay(p), gates.beta());
-            if (i < kTokens && first + i < span.length) {
+// Carries tokens from memory to a TokenBlock: first every load is issued, so that they overlap with one another and
+// with the loads of the state; then the tokens are made ready. Every thread of the block takes part.
+template <int kThreads, int kLanes, int kSize, int kColumns>
+class TokenLoader {
+    using Tokens = TokenBlock<kThreads, kLanes, kSize, kColumns>;
+    using LaneToken = Token<kLanes, kSize>;
+    static constexpr int kAtOnce = kThreads / kLanes;            // tokens
+    static constexpr int kRowsAtOnce = kThreads / kColumns;      // of values
+    typename LaneToken::Words words_[Tokens::kPasses];
+    GateBits gates_[Tokens::kPasses];
+    u32 values_[Tokens::kValues];
+
+  public:
+    // Tokens from `first` on, of which there is one at least; the block's columns begin at `column`.
+    template <int kBlocks>
+    __device__ __forceinline__ void load(const Params& p, const Block<kBlocks>& block, const Span& span, i64 first, int column) {
 #pragma unroll
-                for (int j = 0; j < kQuads; ++j) {
-                    k[i][j][part] = make_float4(token.k[4 * j], token.k[4 * j + 1], token.k[4 * j + 2], token.k[4 * j + 3]);
-                    q[i][j][part] = make_float4(token.q[4 * j], token.q[4 * j + 1], token.q[4 * j + 2], token.q[4 * j + 3]);
-                }
-                if (part == 0) scalars[i] = s;
-            }
+        for (int pass = 0; pass < Tokens::kPasses; ++pass) {
+            // Where there is no token left the last one is loaded again.
+            const i64 t = min(first + token(pass), span.length - 1);
+            words_[pass].load(p, span, t, block.h, threadIdx.x % kLanes);
+            gates_[pass].load(p, span, t, block.hv);
         }
-        for (int i = threadIdx.x; i < kTokens * kColumns; i += kThreads) {
-            const int t = i / kColumns, column = i % kColumns;
-            if (first + t < span.length && first_column + column < kV)
-                v[t][column] = load<kQkv>(p.v, offset_of(p.v_strides, span, first + t, hv) + first_column + column);
+        column += threadIdx.x % kColumns;
+#pragma unroll
+        for (int i = 0; i < Tokens::kValues; ++i) {
+            const i64 t = min(first + value_row(i), span.length - 1);
+            values_[i] = 0;
+            if (column < kV) values_[i] = load_bits(kQkv, p.v, offset_of(p.v_strides, span, t, block.hv) + column);
         }
     }
+
+    __device__ __forceinline__ void store(const Params& p, Tokens& tokens) const {
+        const int part = threadIdx.x % kLanes;
+#pragma unroll
+        for (int pass = 0; pass < Tokens::kPasses; ++pass) {
+            const LaneToken x(words_[pass]);
+            const Scalars s = x.scalars(p.scale, gates_[pass].decay(p), gates_[pass].beta(p));
+            const int t = token(pass);
+            if (t >= kTokens) continue;
+#pragma unroll
+            for (int j = 0; j < Tokens::kQuads; ++j) {
+                tokens.k[t][j][part] = make_float4(x.k[4 * j], x.k[4 * j + 1], x.k[4 * j + 2], x.k[4 * j + 3]);
+                tokens.q[t][j][part] = make_float4(x.q[4 * j], x.q[4 * j + 1], x.q[4 * j + 2], x.q[4 * j + 3]);
+            }
+            if (part == 0) tokens.scalars[t] = s;
+        }
+#pragma unroll
+        for (int i = 0; i < Tokens::kValues; ++i)
+            if (value_row(i) < kTokens) tokens.v[value_row(i)][threadIdx.x % kColumns] = value_of(kQkv, values_[i]);
+    }
+
+  private:
+    static __device__ __forceinline__ int token(int pass) { return threadIdx.x / kLanes + pass * kAtOnce; }
+    static __device__ __forceinline__ int value_row(int i) { return threadIdx.x / kColumns + i * kRowsAtOnce; }
 };
 
 // kChunk neighbouring elements of the state in registers. A single token needs each element only twice: a 16-bit
@@ -327,15 +376,20 @@ class StateChunk {
 struct Work {
     const char* read = nullptr;
     char* write = nullptr;
-    bool padding;
+    bool padding = false;
 
     __device__ __forceinline__ Work(const Params& p, const Rows& rows, int hv) {
-        const i64 from = rows.read(), to = rows.write();
-        padding = kHasInitial && !inside(from, p.initial_rows);
-        if constexpr (kHasInitial) read = at(p.initial_state, kInitial, from * p.initial_strides.slot + hv * p.initial_strides.head);
-        if constexpr (kHasFinal) {
-            padding |= !inside(to, p.final_rows);
-            write = at(p.final_state, kFinal, to * p.final_strides.slot + hv * p.final_strides.head);
+        const StateStrides &from = p.initial_strides, &to = p.final_strides;
+        if constexpr (kHasInitial) {
+            const i64 row = rows.read.value();
+            padding = row < 0 || row >= p.initial_rows;
+            read = at(p.initial_state, kInitial, row * from.slot + hv * from.head);
+            if constexpr (kInPlace) write = const_cast<char*>(read);
+        }
+        if constexpr (kHasFinal && !kInPlace) {
+            const i64 row = rows.write.value();
+            padding |= row < 0 || row >= p.final_rows;
+            write = at(p.final_state, kFinal, row * to.slot + hv * to.head);
         }
     }
     // Without tokens a state moves only where it is read and written in different places.

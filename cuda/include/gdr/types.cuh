@@ -21,20 +21,8 @@ __device__ __forceinline__ char* at(void* base, int dtype, i64 index) {
 }
 
 template <int kDType>
-__device__ __forceinline__ float from_bits(u16 bits) {
-    return kDType == kFloat16 ? ptx::half_to_float(bits) : ptx::bfloat16_to_float(bits);
-}
-
-template <int kDType>
 __device__ __forceinline__ u16 to_bits(float x) {
     return kDType == kFloat16 ? ptx::float_to_half(x) : ptx::float_to_bfloat16(x);
-}
-
-template <int kDType>
-__device__ __forceinline__ float load(const void* base, i64 index) {
-    const char* from = at(base, kDType, index);
-    if constexpr (kDType == kFloat32) return __uint_as_float(ptx::load4(from));
-    else return from_bits<kDType>(ptx::load2(from));
 }
 
 template <int kDType>
@@ -44,11 +32,16 @@ __device__ __forceinline__ void store(void* base, i64 index, float x) {
     else *reinterpret_cast<u16*>(to) = to_bits<kDType>(x);
 }
 
-// The same with a type known only at run time: for scalars, whose types would multiply the specialisations.
-__device__ __forceinline__ float load(int dtype, const void* base, i64 index) {
-    if (dtype == kFloat32) return load<kFloat32>(base, index);
-    const u16 bits = ptx::load2(at(base, kFloat16, index));
-    return dtype == kFloat16 ? from_bits<kFloat16>(bits) : from_bits<kBFloat16>(bits);
+// An element's bits, and their value once it is needed: between the two the load is on its way. The type of a scalar
+// is known only at run time, for it would multiply the specialisations.
+__device__ __forceinline__ u32 load_bits(int dtype, const void* base, i64 index) {
+    const char* from = static_cast<const char*>(base) + (index << (dtype == kFloat32 ? 2 : 1));
+    return dtype == kFloat32 ? ptx::load4(from) : ptx::load2(from);
+}
+
+__device__ __forceinline__ float value_of(int dtype, u32 bits) {
+    const float half = ptx::half_to_float(static_cast<u16>(bits));
+    return dtype == kFloat16 ? half : __uint_as_float(dtype == kFloat32 ? bits : bits << 16);
 }
 
 template <int kDType, int kCount>
