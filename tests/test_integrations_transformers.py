@@ -24,6 +24,7 @@ FAMILIES = {
 }
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 LINEAR = 3  # of the four layers
+QWEN3_5 = "transformers.models.qwen3_5"
 
 
 def make_model(family="qwen3_next", device="cpu", dtype=torch.float32, seed=0):
@@ -199,15 +200,30 @@ def test_beam_search_is_that_of_the_unpatched_model(cpu_model):
     assert torch.equal(got.sequences, want.sequences)
 
 
-@pytest.mark.parametrize(("dtype", "rtol"), [(torch.bfloat16, 3e-2), (torch.float16, 4e-3)])
-def test_sixteen_bit_models(device, dtype, rtol):
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_sixteen_bit_layers_are_as_near_to_float32_as_unpatched_ones(device, dtype):
+    # Whole models say little here: a rounding sends a token to another expert.
     model = make_model("qwen3_next", device, dtype)
-    ids = prompt(model, 2, 40)
-    want = generate(model, ids, tokens=2)
+    layer = next(m for m in model.modules() if type(m).__name__ in integration.LAYERS)
+    x = torch.randn(4, 100, 64, generator=torch.Generator().manual_seed(1)).to(device, dtype)
+    theirs = layer(x)
+    with patched(layer):
+        mine = layer(x)
+    assert mine.dtype == dtype
+    exact = layer.float()(x.float())
+    near, far = ((y.float() - exact).square().mean().sqrt().item() for y in (mine, theirs))
+    assert near <= 1.05 * far
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_sixteen_bit_models_decode(device, dtype):
+    model = make_model("qwen3_5" if importlib.util.find_spec(QWEN3_5) else "qwen3_next", device, dtype)
+    ids = prompt(model, 3, 40)
+    want = model(ids).logits[:, 39:]
     with patched(model):
-        got = generate(model, ids, tokens=2)
-    for mine, theirs in zip(got.logits, want.logits, strict=True):
-        assert_near(mine, theirs, rtol)
+        cache = model(ids[:, :39], use_cache=True).past_key_values
+        got = model(ids[:, 39:], past_key_values=cache).logits
+    assert_near(got, want, 0.2 if dtype == torch.bfloat16 else 0.02)
 
 
 def test_only_the_patched_model_changes_and_all_of_it_comes_back(calls):
@@ -246,7 +262,7 @@ def test_a_copy_of_a_patched_model_is_patched_and_its_own(calls):
 
 @pytest.mark.slow
 def test_a_compiled_model_runs_on_gdr(calls):
-    model = patch(make_model())
+    model = patch(make_model("qwen3_5"))  # a dense one: some versions cannot compile their own experts
     ids = prompt(model, 1, 20)
     got = torch.compile(model, backend="eager")(ids).logits
     assert len(calls) == LINEAR
