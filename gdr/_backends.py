@@ -6,6 +6,7 @@ import importlib
 import importlib.util
 import os
 from collections.abc import Callable
+from functools import lru_cache
 
 from gdr._inputs import Call
 
@@ -37,5 +38,6 @@ def cpu_backend() -> str:
     return "numba" if chosen == "numba" or _numba_installed() else "numpy"
 
 
+@lru_cache(maxsize=1)
 def _numba_installed() -> bool:
-    return False
+    return importlib.util.find_spec("numba") is not None

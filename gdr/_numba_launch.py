@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import threading
 from typing import Any
@@ -203,17 +204,31 @@ def _flat(x: np.ndarray) -> np.ndarray:
     bits = _BITS.get(x.dtype.name)
     if bits is not None:
         x = x.view(bits)
+    if not x.flags.writeable:
+        x = _as_writable(x)
     if x.flags.c_contiguous:
         return x.reshape(-1)
     span = 1 + sum((n - 1) * s for n, s in zip(x.shape, x.strides)) // x.itemsize if x.size else 0
     return np.lib.stride_tricks.as_strided(x, (span,), (x.itemsize,))
 
 
+def _as_writable(x: np.ndarray) -> np.ndarray:
+    """The same memory without the read-only flag, which Numba would compile another kernel for."""
+    if not x.size:
+        return np.empty(x.shape, x.dtype)
+    span = x.itemsize + sum((n - 1) * s for n, s in zip(x.shape, x.strides))
+    memory = (ctypes.c_char * span).from_address(x.ctypes.data)
+    return np.ndarray(x.shape, x.dtype, memory, 0, x.strides)
+
+
 def _contiguous(x: np.ndarray, dtype: np.dtype) -> np.ndarray:
     bits = _BITS.get(x.dtype.name) if x.dtype != dtype else None
     if bits is None or dtype != np.float32:
-        return np.ascontiguousarray(x, dtype)
+        x = np.ascontiguousarray(x, dtype)
+        return x if x.flags.writeable else x.copy()
     x = np.ascontiguousarray(x)
+    if not x.flags.writeable:
+        x = x.copy()
     target = np.empty(x.shape, dtype)
     convert(x.view(bits).reshape(-1), target.reshape(-1))
     return target

@@ -17,7 +17,7 @@ from threadpoolctl import ThreadpoolController
 
 Job = TypeVar("Job")
 
-__all__ = ["for_each", "one_blas_thread", "thread_count"]
+__all__ = ["for_each", "one_blas_thread", "thread_count", "uninterrupted"]
 
 
 def thread_count() -> int:
@@ -105,7 +105,7 @@ def _the_pool() -> ThreadPoolExecutor:
     global _pool
     with _pool_lock:
         if _pool is None:
-            _pool = ThreadPoolExecutor(max(1, (os.cpu_count() or 1) - 1), thread_name_prefix="gdr")
+            _pool = ThreadPoolExecutor((os.cpu_count() or 1) + 1, thread_name_prefix="gdr")
         return _pool
 
 
@@ -125,6 +125,28 @@ def for_each(work: Callable[[Iterator[Job]], None], jobs: Sequence[Job], threads
     try:
         work(shared)
     finally:
-        wait(helpers)
-    for helper in helpers:
+        # All threads of the pool may be busy; nobody needs a helper that has not started when the work is done.
+        started = [helper for helper in helpers if not helper.cancel()]
+        wait(started)
+    for helper in started:
         helper.result()
+
+
+def uninterrupted(function: Callable[[], None]) -> None:
+    """Call `function` so that a signal handler that raises, as on Ctrl-C, does so only after it has returned.
+
+    Handlers run in the main thread, wherever that happens to be; so another thread does the work.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        function()
+        return
+    task = _the_pool().submit(function)
+    interrupt: BaseException | None = None
+    while not task.done():
+        try:
+            wait((task,))
+        except BaseException as error:
+            interrupt = error
+    task.result()
+    if interrupt is not None:
+        raise interrupt
