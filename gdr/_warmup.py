@@ -99,14 +99,7 @@ def warmup(
 def _warm_up_cuda(device: int, specs: list[Spec]) -> list[str]:
     from gdr import _cuda_loader
 
-    cupy = _cuda_loader.require_device(device)
-    attributes = cupy.cuda.Device(device).attributes
-    gpu = Gpu(
-        _cuda_loader.compute_capability(device),
-        attributes["MultiProcessorCount"],
-        attributes["MaxSharedMemoryPerBlockOptin"],
-    )
-    wanted = dict(specializations(specs, gpu))
+    wanted = dict(specializations(specs, describe_gpu(device)))
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
         kernels = pool.map(lambda job: _cuda_loader.load(job[0], job[1], device), wanted.values())
         return [repr(kernel) for kernel in kernels]
@@ -145,6 +138,18 @@ class Gpu(NamedTuple):
     shared: int  # bytes a block may have
 
 
+def describe_gpu(device: int) -> Gpu:
+    """What of a CUDA device decides which kernels it runs."""
+    from gdr import _cuda_loader
+
+    attributes = _cuda_loader.require_device(device).cuda.Device(device).attributes
+    return Gpu(
+        _cuda_loader.compute_capability(device),
+        attributes["MultiProcessorCount"],
+        attributes["MaxSharedMemoryPerBlockOptin"],
+    )
+
+
 def specializations(specs: list[Spec], gpu: Gpu) -> Iterator[tuple[tuple[Any, ...], Specialization]]:
     """Yield the kernels of calls on a GPU, each with what identifies it; the same one may come more than once."""
     from gdr import _cuda_loader
@@ -174,18 +179,18 @@ def pool_specs(
     """Describe the calls that a pool makes, in every size that may choose another kernel."""
     shape: dict[str, Any] = {"H": H, "HV": HV, "K": K, "V": V}
     pool: dict[str, Any] = {"dtype": dtype, "state_dtype": state_dtype, "layout": layout, "l2norm": l2norm}
-    for N in _doubling(max_batch):
+    for N in doubling(max_batch):
         yield make_spec("fused_recurrent", B=N, T=1, **shape, **pool)
         yield make_spec("fused_recurrent", B=N, T=4, **shape, **pool)
         yield make_spec("fused_recurrent", B=1, T=4 * N, sequences=N, **shape, **pool)
-    for T in _doubling(max_tokens):
+    for T in doubling(max_tokens):
         if T >= 64:
             yield make_spec("chunk", B=1, T=T, **shape, **pool)
             yield make_spec("chunk", B=1, T=T, sequences=2, **shape, **pool)
     yield make_spec("gate", B=1, T=max_tokens, **shape)
 
 
-def _doubling(most: int) -> list[int]:
+def doubling(most: int) -> list[int]:
     """1, 2, 4, ... and `most`: kernels are chosen by comparing a size with powers of two of something."""
     return sorted({most, *(1 << i for i in range(most.bit_length()))})
 
