@@ -1,0 +1,122 @@
+"""Plots of measurements, drawn from docs/data.
+
+``numerics-*.json`` are written by docs/measure_numerics.py.  ``performance-*.json`` hold rows with a ``suite``, a
+``case``, an ``impl`` and its time (``us`` or ``ms``), and the ``device`` they were taken on.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure
+
+from figures.style import BLUE, GREEN, ORANGE, RED
+
+DATA = Path(__file__).resolve().parents[1] / "data"
+COLORS = (ORANGE, GREEN, RED, "#9467bd", "#8c564b", "#7f7f7f")
+NAMES = {"numpy": "NumPy", "numba": "Numba", "cuda": "CUDA"}
+
+
+def _load(pattern: str) -> dict[str, dict[str, Any]]:
+    return {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in sorted(DATA.glob(pattern))}
+
+
+def figures() -> dict[str, Figure]:
+    """Every plot that the data at hand allow, by name."""
+    drawn = {name: _numerics(data) for name, data in _load("numerics-*.json").items()}
+    for name, data in _load("performance-*.json").items():
+        for suite, rows in _suites(data).items():
+            drawn[f"{name}-{suite}"] = _performance(rows)
+    return drawn
+
+
+def numerics_page() -> str:
+    """A section for each backend whose errors were measured."""
+    parts = [
+        f"### {NAMES[data['backend']]}: {data['device']}\n\n```{{image}} /_build/figures/{name}.svg\n"
+        f":alt: Relative error by length for each dtype, {NAMES[data['backend']]}\n```\n"
+        for name, data in _load("numerics-*.json").items()
+    ]
+    return "\n".join(parts)
+
+
+def page() -> str:
+    """A section for each machine that was measured."""
+    parts = []
+    for name, data in _load("performance-*.json").items():
+        parts.append(f"## {data['device']}\n")
+        if data.get("note"):
+            parts.append(f"{data['note']}\n")
+        parts += [
+            f"### {suite.capitalize()}\n\n```{{image}} /_build/figures/{name}-{suite}.svg\n"
+            f":alt: Times of gdr and its peers, {suite}, {data['device']}\n```\n"
+            for suite in _suites(data)
+        ]
+    return "\n".join(parts) or "No measurement has been committed yet.\n"
+
+
+def _numerics(data: dict[str, Any]) -> Figure:
+    figure = Figure(figsize=(9, 3.6), layout="constrained")
+    axes = figure.subplots(1, 2, sharey=True)
+    series = defaultdict(list)
+    for row in data["rows"]:
+        series[row["dtype"], row["operation"], row["gates"]].append(row)
+    colors = {"float32": BLUE, "float16": GREEN, "bfloat16": ORANGE}
+    for axis, key, title in zip(axes, ("o", "h"), ("outputs", "final states (float32)")):
+        for (dtype, operation, gates), rows in series.items():
+            if gates != "ordinary":
+                continue
+            style = "-" if operation == "chunk" else "--"
+            lengths, errors = [row["length"] for row in rows], [row[key] for row in rows]
+            axis.plot(lengths, errors, style, marker="o", ms=3, color=colors[dtype], label=f"{dtype}, {operation}")
+        axis.set(title=title, xlabel="tokens", xscale="log", yscale="log", ylim=(3e-8, 1e-2))
+        axis.grid(alpha=0.3)
+    axes[0].set_ylabel("relative RMS error against float64")
+    axes[1].legend(frameon=False, fontsize=8, ncols=2)
+    return figure
+
+
+def _suites(data: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
+    suites = defaultdict(list)
+    for row in data["rows"]:
+        if "us" in row or "ms" in row:
+            suites[row.get("suite") or row["case"].split()[0]].append(row)
+    return dict(suites)
+
+
+def _performance(rows: list[dict[str, Any]]) -> Figure:
+    """Horizontal bars by case, this library's in blue: how many times the fastest time of the case each takes."""
+    cases = list(dict.fromkeys(row["case"] for row in rows))
+    impls = sorted({row["impl"] for row in rows}, key=lambda impl: (not impl.startswith("gdr"), impl))
+    others = iter(COLORS * 3)
+    blues = iter((BLUE, "#6baed6", "#c6dbef", "#08306b") * 3)
+    colors = {impl: next(blues) if impl.startswith("gdr") else next(others) for impl in impls}
+    figure = Figure(figsize=(9, 0.8 + 0.17 * len(cases) * (len(impls) + 1)), layout="constrained")
+    axis = figure.subplots()
+    for i, case in enumerate(cases):
+        times = {row["impl"]: row["us"] if "us" in row else 1e3 * row["ms"] for row in rows if row["case"] == case}
+        best = min(times.values())
+        for j, impl in enumerate(impls):
+            if impl in times:
+                y = i * (len(impls) + 1) + j
+                axis.barh(y, times[impl] / best, color=colors[impl], label=impl if i == 0 else None)
+                axis.text(times[impl] / best, y, f" {times[impl]:.4g} us", va="center", fontsize=7)
+    axis.set_yticks([i * (len(impls) + 1) + (len(impls) - 1) / 2 for i in range(len(cases))], cases, fontsize=8)
+    axis.set(xlabel="time, relative to the fastest of the case (shorter is better)")
+    axis.invert_yaxis()
+    axis.spines[["top", "right"]].set_visible(False)
+    handles = [(impl, colors[impl]) for impl in impls]
+    axis.legend(
+        [_bar(color) for _, color in handles], [impl for impl, _ in handles], frameon=False, fontsize=8,
+        loc="upper center", bbox_to_anchor=(0.5, 1.0 + 0.6 / figure.get_figheight()), ncols=4,
+    )  # fmt: skip
+    return figure
+
+
+def _bar(color: str) -> Any:
+    from matplotlib.patches import Patch
+
+    return Patch(color=color)
