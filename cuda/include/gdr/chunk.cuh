@@ -1,0 +1,150 @@
+// What the kernels of the chunkwise rule share: arguments, sequences and their chunks, and the workspace between them.
+//
+// A sequence is cut into chunks of kC = 64 tokens. For one chunk and value head, with G the running sum of the log
+// decays in the chunk, d_t = exp(G_t), D_ts = exp(G_t - G_s), e_t = exp(G_last - G_t), h the state before the chunk:
+//     T = (I + tril(diag(beta) (K K^T * D), -1))^-1 diag(beta)          P = scale tril(Q K^T * D)
+//     U = T (V - diag(d) K h)        O = scale diag(d) Q h + P U        h' = d_last h + K^T diag(e) U
+// T and P belong to the chunk alone: chunk_prepare computes them for all chunks at once, and chunk_state walks from
+// chunk to chunk with the state in registers.
+//
+// One specialisation is chosen by macros:
+//   GDR_QKV, GDR_INITIAL, GDR_FINAL      types (DType, -1 for "no such array")
+//   GDR_K, GDR_V                         head dimensions
+//   GDR_RAW_GATES, GDR_L2NORM, GDR_VARLEN, GDR_VK    as in the recurrence; states are [.., V, K] with GDR_VK
+//   GDR_WIDE                             products of bfloat16 instead of float16
+//   GDR_ALIGNED                          q, k and v can be read by 16 bytes
+#pragma once
+
+#include "gdr/gates.cuh"
+#include "gdr/memory.cuh"
+#include "gdr/mma.cuh"
+#include "gdr/types.cuh"
+
+namespace gdr {
+
+constexpr __host__ __device__ int ceil_div(int x, int y) { return (x + y - 1) / y; }
+
+constexpr int kC = 64;           // tokens of a chunk
+constexpr int kRows = kC / 16;   // blocks of 16 tokens
+constexpr int kQkv = GDR_QKV, kInitial = GDR_INITIAL, kFinal = GDR_FINAL;
+constexpr int kK = GDR_K, kV = GDR_V;
+constexpr int kKeys = ceil_div(kK, 64) * 64;  // K, filled up with zeros
+constexpr int kKeyBlocks = kKeys / 16;
+constexpr bool kRawGates = GDR_RAW_GATES, kL2Norm = GDR_L2NORM, kVarlen = GDR_VARLEN, kVK = GDR_VK;
+constexpr bool kAligned = GDR_ALIGNED;
+constexpr bool kHasInitial = kInitial >= 0, kHasFinal = kFinal >= 0;
+using Op = Operand<GDR_WIDE>;
+
+struct TokenStrides {
+    i64 batch, token, head;
+};
+
+struct StateStrides {
+    i64 slot, head, row;
+};
+
+struct Params {
+    const void *q, *k, *v;
+    void* out;
+    const void *A_log, *dt_bias;
+    const void *a, *b;  // g and beta where the gates are given
+    const void *initial_state, *initial_slots;
+    void* final_state;
+    const void *final_slots, *cu_seqlens;
+    char *key_tiles, *head_tiles;  // the workspace
+    // States between launches over parts of the chunks. Only one sequence lies on both sides of a boundary.
+    const float4* carried_in;
+    float4* carried_out;
+    float scale, softplus_beta, softplus_threshold;
+    int first_chunk, last_chunk;   // this launch does chunks [first, last)
+    TokenStrides q_strides, k_strides, v_strides, out_strides, a_strides, b_strides;
+    StateStrides initial_strides, final_strides;
+    i64 A_log_stride, dt_bias_stride;
+    i64 initial_rows, final_rows;
+    i64 T;
+    int N, H, group;      // group: value heads of a key head
+    int heads_per_block;  // value heads of one key head that a block of chunk_prepare does
+    int A_log_type, dt_bias_type, a_type, b_type;
+    int initial_slots_wide, final_slots_wide, cu_seqlens_wide;  // int64, else int32
+};
+
+// ---- The workspace, in the order in which it lies in shared memory later.
+
+// K and Q of a chunk and key head: blocks of 16 tokens x 16 keys, by tokens first. The matrices of a block:
+// (tokens 0-7, keys 0-7), (0-7, 8-15), (8-15, 0-7), (8-15, 8-15).
+constexpr int kKeyTileBytes = kC * kKeys * 2;
+constexpr __host__ __device__ int key_block(int token_block, int key_block) {
+    return (token_block * kKeyBlocks + key_block) * kBlockBytes;
+}
+
+// T, P and decays of a chunk and value head. Of T and P, blocks (i, j) with j <= i: rows are tokens t of block i,
+// columns tokens s of block j. P's matrices lie as K's do; T's are transposed, in the order
+// (s 0-7, t 0-7), (s 8-15, t 0-7), (s 0-7, t 8-15), (s 8-15, t 8-15).
+constexpr int kLowerBlocks = kRows * (kRows + 1) / 2;
+constexpr __host__ __device__ int lower_block(int i, int j) { return (i * (i + 1) / 2 + j) * kBlockBytes; }
+
+struct alignas(128) HeadTile {
+    char T[kLowerBlocks * kBlockBytes], P[kLowerBlocks * kBlockBytes];
+    float d[kC], scaled_d[kC], e[kC];
+};
+
+// ---- Sequences and their chunks.
+
+__device__ __forceinline__ i64 load_index(const void* base, i64 i, bool wide) {
+    return wide ? static_cast<const i64*>(base)[i] : static_cast<const int*>(base)[i];
+}
+
+// Tokens [first, first + length) of one batch row. Its chunks have the numbers [chunk, chunk + chunks).
+struct Sequence {
+    i64 batch, first, length;
+    int chunk, chunks;
+};
+
+// With packed sequences, chunk numbers leave gaps of at most one a sequence: that of a sequence's first chunk follows
+// from its own offset alone.
+__device__ __forceinline__ i64 packed_first(const Params& p, int n) {
+    return min(max(load_index(p.cu_seqlens, n, p.cu_seqlens_wide), 0ll), p.T);
+}
+
+__device__ __forceinline__ Sequence find_sequence(const Params& p, int n) {
+    Sequence s;
+    if constexpr (kVarlen) {
+        s.batch = 0;
+        s.first = packed_first(p, n);
+        s.length = max(packed_first(p, n + 1) - s.first, 0ll);  // whatever the offsets are, no token out of bounds
+        s.chunk = static_cast<int>(s.first / kC) + n;
+        s.chunks = static_cast<int>((s.length + kC - 1) / kC);
+    } else {
+        s.batch = n, s.first = 0, s.length = p.T;
+        s.chunks = static_cast<int>((p.T + kC - 1) / kC);
+        s.chunk = n * s.chunks;
+    }
+    return s;
+}
+
+// The sequence of a chunk number, or -1: the last one that starts at it or before. Every lane of a warp calls it.
+__device__ __forceinline__ int find_owner(const Params& p, int chunk) {
+    if constexpr (!kVarlen) {
+        return chunk / static_cast<int>((p.T + kC - 1) / kC);
+    } else {
+        const int lane = threadIdx.x % 32;
+        int low = 0, high = p.N;  // the answer is in [low, high), or there is none
+        while (high > low) {
+            const int step = (high - low + 31) / 32;
+            const int n = low + lane * step;
+            const bool reached = n < high && static_cast<int>(packed_first(p, n) / kC) + n <= chunk;
+            const unsigned votes = __ballot_sync(0xffffffffu, reached);
+            if (votes == 0) return -1;
+            low += (31 - __clz(votes)) * step;
+            high = min(low + step, high);
+            if (step == 1) break;
+        }
+        return high > low ? low : -1;
+    }
+}
+
+__device__ __forceinline__ const char* token_row(const void* base, const TokenStrides& s, const Sequence& seq, i64 t, int head) {
+    return at(base, kQkv, seq.batch * s.batch + (seq.first + t) * s.token + head * s.head);
+}
+
+}  // namespace gdr

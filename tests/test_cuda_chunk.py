@@ -1,0 +1,211 @@
+"""The chunkwise rule on a CUDA device against the reference: accuracy, lengths, pools, strides, and what must not
+change."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+from places import assert_same_bits, given
+
+import gdr
+from gdr import _cuda_chunk as cuda_chunk
+from gdr import _cuda_loader as loader
+from gdr import _inputs, reference
+from gdr.testing import Inputs, assert_close, make_inputs, to_library, to_numpy
+
+pytestmark = pytest.mark.gpu
+
+RTOL_O = {"bfloat16": 2.5e-3, "float16": 1e-3}
+RTOL_STATE = 1e-3
+
+
+def on_device(x: Any) -> Any:
+    return to_library(x, "cupy", "cuda") if isinstance(x, np.ndarray) else x
+
+
+def chunk(x: Inputs, **options: Any) -> tuple[np.ndarray, np.ndarray]:
+    there = x.to("cupy", "cuda")
+    options = {name: on_device(value) for name, value in options.items()}
+    o, h = gdr.chunk_gated_delta_rule(
+        *given(there), cu_seqlens=there.cu_seqlens, output_final_state=True, **{"out": poisoned(x.v), **options}
+    )
+    return to_numpy(o), to_numpy(h)
+
+
+def poisoned(x: np.ndarray) -> Any:
+    return on_device(np.full(x.shape, np.nan).astype(x.dtype))
+
+
+def assert_chunk(x: Inputs, rtol_o: float | None = None, rtol_h: float = RTOL_STATE, **options: Any) -> None:
+    options.setdefault("initial_state", x.initial_state)
+    o, h = chunk(x, **options)
+    options.pop("batch_invariant", None)
+    want_o, want_h = reference.chunk_gated_delta_rule(
+        *given(x), output_final_state=True, cu_seqlens=x.cu_seqlens, **options
+    )
+    assert_close(o, want_o, rtol=rtol_o or RTOL_O[x.v.dtype.name], name="o")
+    assert_close(h, want_h, rtol=rtol_h, name="h")
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("gates", ["ordinary", "slow", "fast", "none"])
+def test_accuracy(dtype: str, gates: str) -> None:
+    assert_chunk(make_inputs(B=2, T=400, H=2, HV=4, K=128, V=128, dtype=dtype, gates=gates))
+
+
+@pytest.mark.parametrize("T", [1, 2, 15, 16, 17, 63, 64, 65, 127, 128, 129, 200, 1000])
+def test_lengths(T: int) -> None:
+    assert_chunk(make_inputs(B=1, T=T, H=1, HV=2, K=128, V=128, dtype="bfloat16", seed=T))
+
+
+@pytest.mark.parametrize("lengths", [[0, 1, 63, 0, 65, 64, 200, 0], [130], [3] * 70, [0, 0], [64, 128, 64]])
+@pytest.mark.parametrize("layout", ["kv", "vk"])
+def test_packed_sequences(lengths: list[int], layout: str) -> None:
+    x = make_inputs(lengths=lengths, H=1, HV=3, K=64, V=64, dtype="bfloat16", layout=layout)
+    assert_chunk(x, state_layout=layout)
+
+
+@pytest.mark.parametrize("K", [32, 64, 96, 100, 128, 192, 256])
+@pytest.mark.parametrize("V", [16, 32, 64, 96, 128, 256])
+def test_head_dimensions(K: int, V: int) -> None:
+    assert_chunk(make_inputs(B=1, T=150, H=2, HV=2, K=K, V=V, dtype="bfloat16", seed=K + V))
+
+
+@pytest.mark.parametrize("columns", [16, 32, 64, 128])
+@pytest.mark.parametrize("split", [1, 2])
+@pytest.mark.parametrize("stages", [2, 3])
+def test_tiles(columns: int, split: int, stages: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    tile = cuda_chunk.Tile(columns, split, stages)
+    if tile.shared(128) > cuda_chunk._device(0).shared or tile.threads > 256:
+        pytest.skip("does not fit")
+    monkeypatch.setattr(cuda_chunk, "pick_tile", lambda *_: tile)
+    assert_chunk(make_inputs(B=1, T=333 + tile.threads + stages, H=1, HV=2, K=128, V=128, dtype="bfloat16"))
+
+
+@pytest.mark.parametrize("keys", ["random", "correlated"])
+@pytest.mark.parametrize("normalize", [False, True])
+def test_raw_gates_and_norm_from_a_pool(keys: str, normalize: bool) -> None:
+    x = make_inputs(lengths=[70, 0, 300, 5], H=2, HV=4, K=128, V=128, dtype="bfloat16", keys=keys, normalize=normalize)
+    slots = x.slots.copy()
+    slots[3] = -1
+    there = x.to("cupy", "cuda")
+    operands = {
+        name: getattr(there, name) for name in ("q", "k", "v", "A_log", "dt_bias", "a", "b", "cu_seqlens")
+    } | {"out": poisoned(x.v), "initial_state": there.state, "final_state": there.state}
+    operands["initial_slots"] = operands["final_slots"] = on_device(slots)
+    call = _inputs.prepare("chunk", operands, l2norm=True)
+    cuda_chunk.run(call)
+    want_o, want_state = reference.fused_sigmoid_gating_delta_rule_update(
+        x.A_log, x.a, x.dt_bias, 1.0, 20.0, x.q, x.k, x.v, x.b, x.state, slots,
+        use_qk_l2norm_in_kernel=True, cu_seqlens=x.cu_seqlens,
+    )  # fmt: skip
+    assert_close(to_numpy(call.out), want_o, rtol=3e-3, name="o")
+    assert not to_numpy(call.out)[0, 370:].astype(np.float32).any()
+    got = to_numpy(there.state)
+    assert_close(got, want_state, rtol=RTOL_STATE, name="pool")
+    untouched = [n for n in range(len(x.state)) if n not in (slots[0], slots[2])]
+    assert_same_bits(got[untouched], x.state[untouched])
+
+
+@pytest.mark.parametrize("state_dtype", ["float32", "float16", "bfloat16"])
+@pytest.mark.parametrize("layout", ["kv", "vk"])
+def test_state_dtypes(state_dtype: str, layout: str) -> None:
+    x = make_inputs(B=2, T=100, H=1, HV=2, K=128, V=64, dtype="bfloat16", state_dtype=state_dtype, layout=layout)
+    assert_chunk(x, state_layout=layout)
+
+
+@pytest.mark.parametrize("decay", [0.0, -1e-6, -80.0, -1e4, -np.inf])
+def test_extreme_decays(decay: float) -> None:
+    x = make_inputs(B=1, T=200, H=1, HV=2, K=128, V=128, dtype="bfloat16")
+    x.g[:, 30::37] = decay
+    with np.errstate(all="ignore"):
+        assert_chunk(x)
+    x.g[...] = decay
+    if decay == 0.0:
+        assert_chunk(x)
+    else:
+        o, _ = chunk(x)
+        assert np.isfinite(o.astype(np.float32)).all()
+
+
+def test_correlated_keys() -> None:
+    x = make_inputs(B=1, T=512, H=2, HV=4, K=128, V=128, dtype="bfloat16", keys="correlated", gates="none")
+    assert_chunk(x, rtol_o=8e-3, rtol_h=4e-3)
+
+
+@pytest.mark.parametrize("scale", [1e-3, 1e4])
+def test_magnitudes(scale: float) -> None:
+    x = make_inputs(B=1, T=300, H=1, HV=2, K=128, V=128, dtype="bfloat16")
+    x.v = (x.v.astype(np.float32) * scale).astype(x.v.dtype)
+    assert_chunk(x, initial_state=(x.initial_state * scale).astype(np.float32))
+
+
+@pytest.mark.parametrize("name", ["q", "k", "v", "out"])
+def test_strides_and_odd_addresses(name: str) -> None:
+    x = make_inputs(B=2, T=130, H=2, HV=4, K=64, V=64, dtype="bfloat16")
+    dense = chunk(x)
+    there = x.to("cupy", "cuda")
+    there.out = poisoned(x.v)
+    inner = getattr(there, name)
+    base = on_device(np.full((2, 131, *x.v.shape[2:3], 67), np.nan).astype(x.v.dtype))
+    view = base[:, 1:, : inner.shape[2], 1:65]
+    view[...] = inner
+    setattr(there, name, view)
+    o, h = gdr.chunk_gated_delta_rule(*given(there), output_final_state=True, out=there.out)
+    assert_same_bits(o, dense[0])
+    assert_same_bits(h, dense[1])
+
+
+def test_many_sequences_and_heads_and_short_workspace(monkeypatch: pytest.MonkeyPatch) -> None:
+    x = make_inputs(lengths=[700, 0, 10, 900], H=2, HV=12, K=64, V=64, dtype="float16")
+    want = chunk(x, initial_state=x.initial_state)
+    monkeypatch.setattr(cuda_chunk, "MAX_WORKSPACE", 1 << 20)
+    parts = make_inputs(lengths=[700, 0, 10, 900], H=2, HV=12, K=64, V=64, dtype="float16")
+    _inputs._specs.clear()
+    for got, whole in zip(chunk(parts, initial_state=parts.initial_state), want):
+        assert_same_bits(got, whole)
+    _inputs._specs.clear()
+
+
+def test_same_bits_every_time_and_in_any_batch() -> None:
+    x = make_inputs(lengths=[200, 64, 333], H=2, HV=4, K=128, V=128, dtype="bfloat16")
+    options = {"initial_state": x.initial_state, "batch_invariant": True}
+    o, h = chunk(x, **options)
+    for _ in range(3):
+        again = chunk(x, **options)
+        assert_same_bits(again[0], o)
+        assert_same_bits(again[1], h)
+    alone = make_inputs(lengths=[333], H=2, HV=4, K=128, V=128, dtype="bfloat16")
+    for name in ("q", "k", "v", "g", "beta"):
+        getattr(alone, name)[...] = getattr(x, name)[:, 264:]
+    o1, h1 = chunk(alone, initial_state=x.initial_state[2:], batch_invariant=True)
+    assert_same_bits(o1, o[:, 264:])
+    assert_same_bits(h1, h[2:])
+
+
+def test_capture() -> None:
+    import cupy
+
+    x = make_inputs(B=1, T=200, H=1, HV=2, K=128, V=128, dtype="bfloat16")
+    there = x.to("cupy", "cuda")
+    out = poisoned(x.v)
+    stream = cupy.cuda.Stream(non_blocking=True)
+    with stream:
+        gdr.chunk_gated_delta_rule(*given(there), out=out)
+        want = to_numpy(out)
+        stream.begin_capture()
+        gdr.chunk_gated_delta_rule(*given(there), out=out)
+        graph = stream.end_capture()
+        out.fill(0)
+        graph.launch(stream)
+    stream.synchronize()
+    assert_same_bits(to_numpy(out), want)
+
+
+def test_no_spills() -> None:
+    chunk(make_inputs(B=1, T=64, H=1, HV=2, K=128, V=128, dtype="bfloat16"))
+    kernels = [k for k in loader._kernels.values() if k.stem in cuda_chunk.PARAMS]
+    assert kernels
+    assert not any(kernel.local_bytes for kernel in kernels)
