@@ -283,3 +283,104 @@ def test_numpy_in_numpy_out_imports_no_other_library() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
     assert done.stdout.strip() == "[]"
+
+
+SPIN = r"""
+extern "C" __global__ void spin(long long nanoseconds) {
+  long long start, now;
+  asm volatile("mov.u64 %0, %globaltimer;" : "=l"(start));
+  do asm volatile("mov.u64 %0, %globaltimer;" : "=l"(now)); while (now - start < nanoseconds);
+}
+"""
+
+
+@pytest.fixture
+def cupy() -> Any:
+    return pytest.importorskip("cupy")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_device_results_are_of_the_kind_of_the_arguments(cupy: Any, library: str, dtype: str) -> None:
+    if library == "jax" and not any(d.platform == "gpu" for d in pytest.importorskip("jax").devices()):
+        pytest.skip("this JAX has no GPU")
+    x = problem(dtype)
+    there, native = x.to(library, "cuda"), x.to("cupy", "cuda")
+    want = gdr.fused_recurrent_gated_delta_rule(*operands(native), output_final_state=True)
+    got = gdr.fused_recurrent_gated_delta_rule(*operands(there), output_final_state=True)
+    for array, expected in zip(got, want, strict=True):
+        assert kind(array) == library
+        assert_same_bits(array, expected)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("mixed", ["q", "v", "beta"])
+@pytest.mark.parametrize("host", ["numpy", "torch"])
+def test_device_arrays_are_never_mixed_with_host_arrays(cupy: Any, host: str, mixed: str) -> None:
+    pytest.importorskip(host)
+    x = problem().to("cupy", "cuda")
+    setattr(x, mixed, getattr(problem().to(host), mixed))
+    with pytest.raises(TypeError, match=rf"expected an array on the same device|{mixed}: expected an array"):
+        gdr.fused_recurrent_gated_delta_rule(*operands(x))
+
+
+@pytest.mark.gpu
+def test_cupy_calls_join_the_current_stream_and_wait_for_nothing(cupy: Any) -> None:
+    spin = cupy.RawKernel(SPIN, "spin")
+    x, y = problem().to("cupy", "cuda"), problem(seed=1).to("cupy", "cuda")
+    want, want_h = gdr.fused_recurrent_gated_delta_rule(*operands(y), output_final_state=True)
+    stream = cupy.cuda.Stream(non_blocking=True)
+    cupy.cuda.Device().synchronize()
+    with stream:
+        gdr.fused_recurrent_gated_delta_rule(*operands(x), output_final_state=True)  # compiled, memory at hand
+        stream.synchronize()
+        spin((1,), (1,), (300_000_000,))
+        for array, new in zip(operands(x), operands(y), strict=True):
+            array[...] = new
+        o, h = gdr.fused_recurrent_gated_delta_rule(*operands(x), output_final_state=True)
+        assert not stream.done
+    stream.synchronize()
+    assert_same_bits(o, want)
+    assert_same_bits(h, want_h)
+
+
+@pytest.mark.gpu
+def test_torch_calls_join_the_current_stream_and_wait_for_nothing(cupy: Any, torch: Any) -> None:
+    spin = cupy.RawKernel(SPIN, "spin")
+    x, y = problem("bfloat16").to("torch", "cuda"), problem("bfloat16", seed=1).to("torch", "cuda")
+    want, want_h = gdr.fused_recurrent_gated_delta_rule(*operands(y), output_final_state=True)
+    stream = torch.cuda.Stream()
+    torch.cuda.synchronize()
+    with torch.cuda.stream(stream):
+        gdr.fused_recurrent_gated_delta_rule(*operands(x), output_final_state=True)
+        stream.synchronize()
+        spin((1,), (1,), (300_000_000,), stream=cupy.cuda.ExternalStream(stream.cuda_stream))
+        for array, new in zip(operands(x), operands(y), strict=True):
+            array.copy_(new)
+        o, h = gdr.fused_recurrent_gated_delta_rule(*operands(x), output_final_state=True)
+        assert not stream.query()
+    stream.synchronize()
+    assert_same_bits(o, want)
+    assert_same_bits(h, want_h)
+
+
+@pytest.mark.gpu
+def test_the_first_call_of_all_may_be_captured(cupy: Any, torch: Any) -> None:
+    """In a process of its own: nothing is compiled, no context has been used by CuPy."""
+    code = """
+import torch
+x = torch.randn(2, 1, 4, 64, device="cuda")
+gates = -torch.rand(2, 1, 4, device="cuda")
+out = torch.full_like(x, float("nan"))
+torch.cuda.synchronize()
+import gdr
+graph = torch.cuda.CUDAGraph()
+with torch.cuda.graph(graph):
+    gdr.fused_recurrent_gated_delta_rule(x, x, x, gates, gates, None, use_qk_l2norm_in_kernel=True, out=out)
+graph.replay()
+torch.cuda.synchronize()
+o, _ = gdr.fused_recurrent_gated_delta_rule(x, x, x, gates, gates, None, use_qk_l2norm_in_kernel=True)
+print(bool((o == out).all()))
+"""
+    done = subprocess.run([sys.executable, "-c", code], check=False, capture_output=True, text=True)
+    assert done.stdout.strip() == "True", done.stderr[-3000:]
