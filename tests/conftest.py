@@ -12,7 +12,13 @@ from places import Place
 # on every run, so that a failure in CI is a failure on the next machine too.
 _COMMON = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow, HealthCheck.data_too_large]}
 settings.register_profile("default", max_examples=40, derandomize=True, print_blob=True, **_COMMON)
-settings.register_profile("deep", max_examples=5000, stateful_step_count=200, print_blob=True, **_COMMON)
+settings.register_profile(
+    "deep",
+    max_examples=int(os.environ.get("HYPOTHESIS_MAX_EXAMPLES", "5000")),
+    stateful_step_count=100,
+    print_blob=True,
+    **_COMMON,
+)
 settings.register_profile("smoke", max_examples=3, derandomize=True, phases=[Phase.explicit, Phase.generate], **_COMMON)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
 
