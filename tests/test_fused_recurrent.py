@@ -630,6 +630,15 @@ def test_later_tokens_never_change_earlier_outputs(place):
     assert_same_bits(place.get(late)[:, :11], o[:, :11])
 
 
+@pytest.mark.parametrize("T", [1, 2, 7, 16, 19])
+def test_appending_tokens_never_changes_earlier_outputs(place, T):
+    x = make_inputs(B=2, T=20, H=2, HV=4)
+    o, _ = update(place, x)
+    for name in ("q", "k", "v", "a", "b"):
+        setattr(x, name, getattr(x, name)[:, :T])
+    assert_same_bits(update(place, x)[0], o[:, :T])
+
+
 @pytest.mark.parametrize("factor", [2.0, -0.25])
 def test_scaling_values_and_state_scales_outputs(place, factor):
     # Powers of two scale every intermediate exactly.

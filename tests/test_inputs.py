@@ -313,12 +313,11 @@ def test_a_pool_that_overlaps_an_operand_is_refused(name):
 
 def test_operands_that_are_read_may_share_memory():
     for operation in (UPDATE, *GIVEN):
-        call = good_call(operation)
-        want = operation(**call)
-        call = good_call(operation)
-        call["k"] = call["q"]
-        operation(**call)
-        del want
+        want, got = (
+            operation(**(good_call(operation) | {"k": good_call(operation)["q"]})),
+            operation(**((call := good_call(operation)) | {"k": call["q"]})),
+        )
+        assert_same_bits(got if operation is UPDATE else got[0], want if operation is UPDATE else want[0])
 
 
 @pytest.mark.parametrize("operation", [UPDATE, *GIVEN, gdr.gated_delta_rule_gate])
