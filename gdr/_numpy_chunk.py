@@ -89,12 +89,16 @@ class _Scratch:
 
 def run(call: Call) -> None:
     """Fill ``call.out`` and ``call.final_state``."""
-    spec = call.spec
     rows = live_rows(call)
-    if not rows:
-        return
-    g, beta = gates(call) if spec.gates == "raw" else (call.g, call.beta)
-    jobs, threads = _plan(call, rows)
+    if rows:
+        g, beta = gates(call) if call.spec.gates == "raw" else (call.g, call.beta)
+        run_rows(call, rows, g, beta, min(call.chunk_size, MAX_CHUNK))
+
+
+def run_rows(call: Call, rows: list[Row], g: np.ndarray, beta: np.ndarray, chunk: int) -> None:
+    """Run some sequences, up to `chunk` tokens at a time, and write their states."""
+    spec = call.spec
+    jobs, threads = _plan(call, rows, chunk)
 
     def work(jobs: Iterator[_Job]) -> None:
         scratch = _Scratch()
@@ -109,10 +113,9 @@ def run(call: Call) -> None:
             _threads.for_each(work, jobs, threads)
 
 
-def _plan(call: Call, rows: list[Row]) -> tuple[list[_Job], int]:
+def _plan(call: Call, rows: list[Row], chunk: int) -> tuple[list[_Job], int]:
     """Split the call into jobs, largest tiles first; return them and the number of threads to use."""
     spec = call.spec
-    chunk = min(call.chunk_size, MAX_CHUNK)
     by_tile: dict[int, list[Row]] = {}
     for row in sorted(rows, key=lambda row: row.eos - row.bos, reverse=True):
         by_tile.setdefault(_power_of_two(min(row.eos - row.bos, chunk)), []).append(row)
@@ -412,9 +415,7 @@ def _store_states(call: Call, job: _Job, h: np.ndarray) -> None:
         states[row.write, value_heads] = h[i].reshape(-1, spec.K, spec.V)
 
 
-def _store_outputs(
-    call: Call, job: _Job, pieces: list[_Piece], active: int, first: int, outputs: np.ndarray
-) -> None:
+def _store_outputs(call: Call, job: _Job, pieces: list[_Piece], active: int, first: int, outputs: np.ndarray) -> None:
     r = call.spec.HV // call.spec.H
     value_heads = slice(job.first_head * r, (job.first_head + job.heads) * r)
     out = call.out[:, :, value_heads]
