@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import io
 import signal
 import subprocess
@@ -697,7 +698,7 @@ def test_a_damaged_byte_is_refused_or_harmless(host, tmp_path):
     refused = 0
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of zipfile and NumPy, about headers
-        for at in rng.permutation(len(content))[:2500]:
+        for at in rng.permutation(len(content))[:1500]:
             broken = bytearray(content)
             broken[at] ^= 1 << rng.integers(8)
             damaged.write_bytes(broken)
@@ -709,7 +710,7 @@ def test_a_damaged_byte_is_refused_or_harmless(host, tmp_path):
             else:  # a date, an unused field: whatever was loaded must be what was saved
                 assert repr(loaded) == text
                 assert_same_bits(loaded.read(slots), want)
-    assert refused > 1000
+    assert refused > 500
 
 
 @pytest.mark.parametrize("fault", ["os.replace", "os.fsync", "numpy.savez", "numpy.lib.format.write_array"])
@@ -949,26 +950,35 @@ def test_an_interrupted_call_writes_every_state_or_none(host, method):
     done = state.read(slots)
     out = np.empty_like(x.v)
 
+    armed = False
+
     def interrupt(signum, frame):
-        raise Interrupted
+        if armed:
+            raise Interrupted
 
     old = signal.signal(signal.SIGALRM, interrupt)
+    gc.disable()  # its callbacks would swallow the exception
     interrupted = 0
     try:
         for n in range(60):
             state.write(slots, start)
             try:
+                armed = True
                 signal.setitimer(signal.ITIMER_REAL, 2e-4 * (n + 1))
                 run(*arguments, slots, out=out)
-                signal.setitimer(signal.ITIMER_REAL, 0)
+                armed = False
             except Interrupted:
                 interrupted += 1
+            armed = False
+            signal.setitimer(signal.ITIMER_REAL, 0)
             got = state.read(slots)
             before = (got == start).all(axis=(1, 2, 3))
             after = (got == done).all(axis=(1, 2, 3))
             assert before.all() or after.all(), f"{before.sum()} states before and {after.sum()} after the call"
             assert state.num_free == 0
     finally:
+        armed = False
+        gc.enable()
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, old)
     assert interrupted
