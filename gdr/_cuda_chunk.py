@@ -182,9 +182,7 @@ def _fits(tile: Tile, K: int, batch_invariant: bool, shared: int) -> bool:
     return tile.split == (2 if tile.columns <= 32 else 1) or shared < 128 << 10
 
 
-def specializations(
-    spec: Spec, multiprocessors: int, shared: int
-) -> list[tuple[str, dict[str, _cuda_loader.Define]]]:
+def specializations(spec: Spec, multiprocessors: int, shared: int) -> list[tuple[str, dict[str, _cuda_loader.Define]]]:
     """List the kernels that aligned calls with this `Spec` use on a device with so much shared memory a block."""
     tile = pick_tile(spec, False, Device(multiprocessors, shared))
     if tile is None:
