@@ -30,7 +30,7 @@ import numpy as np
 from gdr import _threads
 from gdr._inputs import Call, Spec
 from gdr._numpy_gate import gates
-from gdr._rows import Row, live_rows
+from gdr._rows import Piece, Row, live_rows, pieces_of
 
 L2_EPS = 1e-6
 
@@ -157,7 +157,7 @@ def _tile_bytes(spec: Spec, C: int) -> int:
 
 def _run_job(call: Call, g: np.ndarray, beta: np.ndarray, job: _Job, scratch: _Scratch) -> None:
     chunks = [len(_chunks(row, job.tokens)) for row in job.rows]
-    pieces = _pieces(job.rows)
+    pieces = pieces_of(job.rows)
     h = _load_states(call, job, scratch)
     for first in range(0, chunks[0], job.group):
         last = min(first + job.group, chunks[0])
@@ -167,36 +167,6 @@ def _run_job(call: Call, g: np.ndarray, beta: np.ndarray, job: _Job, scratch: _S
             _advance(tiles, chunk - first, h[: sum(count > chunk for count in chunks)], scratch)
         _store_outputs(call, job, pieces, active, first, tiles.values)
     _store_states(call, job, h)
-
-
-class _Piece(NamedTuple):
-    """Sequences ``[start, stop)`` of a job, all of one length and one after another in memory."""
-
-    start: int
-    stop: int
-    row: Row  # the first of them
-
-    def tokens(self, x: np.ndarray, first: int, last: int) -> np.ndarray:
-        """View of the tokens [first, last) of each of these sequences: ``[stop - start, tokens, ...]``."""
-        row, count = self.row, self.stop - self.start
-        if row.bos == 0 and row.eos == x.shape[1]:
-            return x[row.batch : row.batch + count, first:last]
-        packed = x[0, row.bos : row.bos + count * row.length]
-        return packed.reshape(count, row.length, *x.shape[2:])[:, first:last]
-
-
-def _pieces(rows: list[Row]) -> list[_Piece]:
-    pieces = []
-    start = 0
-    for stop in range(1, len(rows) + 1):
-        before = rows[stop - 1]
-        if stop == len(rows) or not (
-            rows[stop].length == before.length
-            and (rows[stop][:2] in ((before.batch, before.eos), (before.batch + 1, 0)))
-        ):
-            pieces.append(_Piece(start, stop, rows[start]))
-            start = stop
-    return pieces
 
 
 def _spread(tiles: np.ndarray, tokens: np.ndarray, per_tile: int) -> None:
@@ -230,7 +200,7 @@ def _prepare(
     g: np.ndarray,
     beta: np.ndarray,
     job: _Job,
-    pieces: list[_Piece],
+    pieces: list[Piece],
     active: int,
     first: int,
     last: int,
@@ -415,7 +385,7 @@ def _store_states(call: Call, job: _Job, h: np.ndarray) -> None:
         states[row.write, value_heads] = h[i].reshape(-1, spec.K, spec.V)
 
 
-def _store_outputs(call: Call, job: _Job, pieces: list[_Piece], active: int, first: int, outputs: np.ndarray) -> None:
+def _store_outputs(call: Call, job: _Job, pieces: list[Piece], active: int, first: int, outputs: np.ndarray) -> None:
     r = call.spec.HV // call.spec.H
     value_heads = slice(job.first_head * r, (job.first_head + job.heads) * r)
     out = call.out[:, :, value_heads]

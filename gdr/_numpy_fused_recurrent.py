@@ -1,28 +1,150 @@
-"""The fused recurrence in NumPy.
+"""The fused recurrence in NumPy: token by token, for many sequences and heads at once.
 
-Sequences of one token read their state once and update it in place.  Longer ones go through the chunkwise form with
-few tokens at a time, which is the same recurrence with the write-back put off to the end of a tile.
+With the decay and beta multiplied into what is short, a token is one product with the state it finds and one update::
+
+    r_k, r_q = (e^g beta k) h, (e^g q) h       u = beta v - r_k       h = e^g h + k u^T       o = r_q + (q . k) u
+
+The outputs follow for all tokens together afterwards.  All of a sequence's products are single rows times a head's
+contiguous state: that, and not the batch around it, fixes the bits of its result.
 """
 
 from __future__ import annotations
 
-from gdr import _numpy_chunk, _numpy_decode
+from collections.abc import Iterator
+
+import numpy as np
+
 from gdr._inputs import Call
 from gdr._numpy_gate import gates
-from gdr._rows import live_rows
+from gdr._numpy_states import Block, blocks_of, by_key_head, for_each, heads_a_block, is_view, states_of
+from gdr._rows import Piece, Row, live_rows, pieces_of
 
-TILE = 16
+L2_EPS = 1e-6
+# Tokens that are prepared at a time.
+WINDOW = 64
 
 
 def run(call: Call) -> None:
     """Fill ``call.out`` and ``call.final_state``."""
-    rows = live_rows(call)
+    spec = call.spec
+    rows = sorted(live_rows(call), key=lambda row: row.eos - row.bos, reverse=True)
     if not rows:
         return
     g, beta = gates(call)
-    single = [row for row in rows if row.length == 1]
-    longer = [row for row in rows if row.length > 1]
-    if single:
-        _numpy_decode.run(call, single, g, beta)
-    if longer:
-        _numpy_chunk.run_rows(call, longer, g, beta, TILE)
+    sources, targets = np.array([(row.read, row.write) for row in rows]).T
+    heads = heads_a_block(spec)
+    blocks = blocks_of(spec, sources, targets, np.zeros_like(sources), heads)
+
+    def work(blocks: Iterator[Block]) -> None:
+        with np.errstate(all="ignore"):
+            for block in blocks:
+                chosen = rows[block.rows] if isinstance(block.rows, slice) else [rows[i] for i in block.rows]
+                _run_block(call, g, beta, chosen, block)
+
+    for_each(work, blocks, len(rows), spec)
+
+
+def _run_block(call: Call, g: np.ndarray, beta: np.ndarray, rows: list[Row], block: Block) -> None:
+    """Run some sequences, longest first, for some key heads."""
+    spec = call.spec
+    h, in_place = _initial_states(call, block, len(rows))
+    pieces = pieces_of(rows)
+    lengths = [row.length for row in rows]
+    for first in range(0, lengths[0], WINDOW):
+        last = min(first + WINDOW, lengths[0])
+        _run_window(call, g, beta, pieces, lengths, block.heads, first, last, h)
+    if call.final_state is not None and not in_place:
+        final = by_key_head(call.final_state, spec)
+        final[block.write, block.heads] = h if spec.layout == "kv" else h.swapaxes(-1, -2)
+
+
+def _initial_states(call: Call, block: Block, n: int) -> tuple[np.ndarray, bool]:
+    """The states to run on, ``[n, H, r, K, V]``, and whether they are the stored ones themselves."""
+    spec = call.spec
+    dtype = np.dtype(spec.compute)
+    heads = block.heads.stop - block.heads.start
+    if call.initial_state is None:
+        # In the memory order of the layout, like a copy of a stored state.
+        shape = (spec.K, spec.V) if spec.layout == "kv" else (spec.V, spec.K)
+        h = np.zeros((n, heads, spec.HV // spec.H, *shape), dtype)
+        return (h if spec.layout == "kv" else h.swapaxes(-1, -2)), False
+    stored = by_key_head(call.initial_state, spec)
+    h = states_of(stored, block.read, block.heads, dtype, spec)
+    in_place = call.initial_state is call.final_state and is_view(stored, block, dtype)
+    if not in_place and h.base is not None:
+        h = h.copy(order="K")
+    return h, in_place
+
+
+def _run_window(
+    call: Call,
+    g: np.ndarray,
+    beta: np.ndarray,
+    pieces: list[Piece],
+    lengths: list[int],
+    heads: slice,
+    first: int,
+    last: int,
+    h: np.ndarray,
+) -> None:
+    """Run the tokens [first, last) of each sequence that has them."""
+    n, H, r, K, V = h.shape
+    T = last - first
+    value_heads = slice(heads.start * r, heads.stop * r)
+    kq = np.empty((T, n, H, 1, 2, K), h.dtype)
+    values = np.empty((T, n, H, r, V), h.dtype)
+    decays, betas = np.empty((T, n, H, r, 1), h.dtype), np.empty((T, n, H, r, 1), h.dtype)
+    for piece in pieces:
+        length = min(last, piece.row.length)
+        if length <= first:
+            break
+        at = (slice(0, length - first), slice(piece.start, piece.stop))
+        for target, x, chosen in (
+            (kq[..., 0, 0, :], call.k, heads),
+            (kq[..., 0, 1, :], call.q, heads),
+            (values.reshape(T, n, H * r, V), call.v, value_heads),
+            (decays.reshape(T, n, H * r), g, value_heads),
+            (betas.reshape(T, n, H * r), beta, value_heads),
+        ):
+            target[at] = piece.tokens(x, first, length)[:, :, chosen].swapaxes(0, 1)
+
+    _normalise(kq, call.spec.l2norm, call.scale)
+    keys = np.ascontiguousarray(kq[..., 0, :])[..., None]
+    query_on_key = np.matmul(kq[..., 1, None, :], keys)[..., 0]
+    np.exp(decays, out=decays)
+    kq = kq * decays[..., None]
+    kq[..., 0, :] *= betas
+    values *= betas
+    decays, queries = decays[..., None], kq[..., None, :]
+    reads, updates = np.empty((T, n, H, r, 2, 1, V), h.dtype), np.empty((T, n, H, r, 1, V), h.dtype)
+    values = values[..., None, :]
+    written = np.empty_like(h)
+    for t in range(T):
+        active = sum(length > first + t for length in lengths) if lengths[-1] <= first + t else n
+        state = h[:active]
+        np.matmul(queries[t, :active], state[:, :, :, None], out=reads[t, :active])
+        np.subtract(values[t, :active], reads[t, :active, ..., 0, :, :], out=updates[t, :active])
+        state *= decays[t, :active]
+        np.multiply(keys[t, :active], updates[t, :active], out=written[:active])
+        state += written[:active]
+    outputs = query_on_key * updates[..., 0, :]
+    outputs += reads[..., 1, 0, :]
+    outputs = outputs.reshape(T, n, H * r, V)
+    for piece in pieces:
+        length = min(last, piece.row.length)
+        if length > first:
+            target = piece.tokens(call.out, first, length)[:, :, value_heads]
+            target[...] = outputs[: length - first, piece.start : piece.stop].swapaxes(0, 1)
+
+
+def _normalise(kq: np.ndarray, l2norm: bool, scale: float) -> None:
+    """Divide keys and queries ``[..., 2, K]`` by their norms if asked, and scale the queries; in place."""
+    if l2norm:
+        weights = np.matmul(kq[..., None, :], kq[..., None])[..., 0]
+        weights += kq.dtype.type(L2_EPS)
+        np.sqrt(weights, out=weights)
+        np.divide(1, weights, out=weights)
+        weights[..., 1, :] *= kq.dtype.type(scale)
+        kq *= weights
+    else:
+        kq[..., 1, :] *= kq.dtype.type(scale)

@@ -58,3 +58,34 @@ def _hand_on(call: Call, row: Row) -> None:
         return
     with np.errstate(all="ignore"):
         call.final_state[row.write] = 0 if call.initial_state is None else call.initial_state[row.read]
+
+
+class Piece(NamedTuple):
+    """Rows ``[start, stop)`` of a list, all of one length and one after another in memory."""
+
+    start: int
+    stop: int
+    row: Row  # the first of them
+
+    def tokens(self, x: np.ndarray, first: int, last: int) -> np.ndarray:
+        """View of the tokens [first, last) of each of these sequences: ``[stop - start, tokens, ...]``."""
+        row, count = self.row, self.stop - self.start
+        if row.bos == 0 and row.eos == x.shape[1]:
+            return x[row.batch : row.batch + count, first:last]
+        packed = x[0, row.bos : row.bos + count * row.length]
+        return packed.reshape(count, row.length, *x.shape[2:])[:, first:last]
+
+
+def pieces_of(rows: list[Row]) -> list[Piece]:
+    """Split rows into runs whose tokens one view covers."""
+    pieces = []
+    start = 0
+    for stop in range(1, len(rows) + 1):
+        before = rows[stop - 1]
+        if stop == len(rows) or not (
+            rows[stop].length == before.length
+            and (rows[stop][:2] in ((before.batch, before.eos), (before.batch + 1, 0)))
+        ):
+            pieces.append(Piece(start, stop, rows[start]))
+            start = stop
+    return pieces
