@@ -6,6 +6,7 @@ installed.  With one they are compared with flash-linear-attention's own as well
 
 from __future__ import annotations
 
+import doctest
 import importlib.metadata
 from pathlib import Path
 
@@ -198,6 +199,12 @@ def test_wrong_values_are_named():
 def test_unknown_keywords_are_refused(function, name):
     with pytest.raises(TypeError, match=name):
         call(function, problem(T=2), **{name: False})
+
+
+def test_the_example_runs():
+    tried = doctest.testmod(fla)
+    assert tried.attempted
+    assert not tried.failed
 
 
 def test_signatures_are_flas(function):

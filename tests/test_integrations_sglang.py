@@ -7,6 +7,7 @@ that `gdr.integrations.sglang` names.  The file is loaded alone, so nothing else
 
 from __future__ import annotations
 
+import doctest
 import importlib.util
 import os
 import sys
@@ -20,6 +21,7 @@ from signatures import NO_DEFAULT, positional, positional_of
 torch = pytest.importorskip("torch")
 
 from gdr import reference  # noqa: E402
+from gdr.integrations import sglang  # noqa: E402
 from gdr.integrations.sglang import fused_sigmoid_gating_delta_rule_update as update  # noqa: E402
 from gdr.testing import assert_close, make_inputs, to_numpy  # noqa: E402
 
@@ -174,6 +176,12 @@ def test_wrong_arguments_are_named():
         call(update, x, x.state.transpose(-1, -2))
     with pytest.raises(TypeError, match="no_such_argument"):
         call(update, x, x.state, no_such_argument=None)
+
+
+def test_the_example_runs():
+    tried = doctest.testmod(sglang)
+    assert tried.attempted
+    assert not tried.failed
 
 
 @pytest.mark.skipif(not KERNEL, reason="GDR_SGLANG_KERNEL is not set")

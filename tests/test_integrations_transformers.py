@@ -1,6 +1,8 @@
 """Qwen3-Next and Qwen3.5 of transformers with their linear-attention layers on gdr.
 
-All the integrations' tests: ``python -m pip install torch transformers && python -m pytest tests/test_integrations*``.
+All the integrations' tests::
+
+    python -m pip install torch transformers accelerate && python -m pytest -k integrations
 """
 
 from __future__ import annotations
@@ -258,6 +260,39 @@ def test_a_copy_of_a_patched_model_is_patched_and_its_own(calls):
     got = twin(ids).logits
     assert len(calls) == LINEAR
     assert_near(got, unpatch(twin)(ids).logits)
+
+
+def test_a_model_with_hooks_of_accelerate(calls):
+    hooks = pytest.importorskip("accelerate.hooks")
+    model = make_model()
+    ids = prompt(model, 1, 20)
+    want = model(ids).logits
+    moved = []
+
+    class Hook(hooks.ModelHook):
+        def pre_forward(self, module, *args, **kwargs):
+            moved.append(module)
+            return args, kwargs
+
+    for layer in model.modules():
+        if type(layer).__name__ in integration.LAYERS:
+            hooks.add_hook_to_module(layer, Hook())
+    with patched(model):
+        got = model(ids).logits
+    assert len(calls) == len(moved) == LINEAR
+    assert_near(got, want)
+    model(ids)
+    assert (len(calls), len(moved)) == (LINEAR, 2 * LINEAR)
+
+
+def test_a_model_is_patched_whole_or_not_at_all(calls):
+    model = make_model()
+    last = [layer for layer in model.modules() if type(layer).__name__ in integration.LAYERS][-1]
+    last.forward = lambda hidden_states, **_: hidden_states
+    with pytest.raises(ValueError, match=r"forward is not the one of transformers"):
+        patch(model)
+    model(prompt(model, 1, 4))
+    assert calls == []
 
 
 @pytest.mark.slow

@@ -67,9 +67,10 @@ def patch(model: Any) -> Any:
     the model's own convolution cannot keep apart, are refused when the model runs.
     """
     _check_version(transformers.__version__)
-    for layer in _layers(model):
-        if _UNDO not in vars(layer):
-            _replace(layer)
+    found = [(layer, _replacements(layer)) for layer in _layers(model) if _UNDO not in vars(layer)]
+    for layer, new in found:
+        vars(layer)[_UNDO] = {name: vars(layer).get(name) for name in new}
+        vars(layer).update(new)
     return model
 
 
@@ -129,24 +130,24 @@ def _layers(model: Any) -> list[Any]:
     return found
 
 
-def _replace(layer: Any) -> None:
+def _replacements(layer: Any) -> dict[str, Any]:
+    """The attributes that make a layer run on gdr."""
     # Accelerate wraps a layer's forward in one that moves arguments, and keeps the layer's own as _old_forward.
     slot = "_old_forward" if "_old_forward" in vars(layer) else "forward"
-    forward = getattr(layer, slot).__func__
-    names = _names_used(forward)
+    forward = getattr(getattr(layer, slot), "__func__", None)
+    names = _names_used(forward) if isinstance(forward, FunctionType) else set()
     # Where the cache copies new states over the old ones, the old ones can be updated in place.
     recurrent = _update if "update_recurrent_state" in names else _recurrent
     # The compiler can look into none of them, and would take a copied function's globals from its module.
     if names.issuperset(_ATTRIBUTES):
-        functions = map(torch.compiler.disable, (_chunk, recurrent))
-        new = dict(zip(_ATTRIBUTES, functions, strict=True))
-    elif names.issuperset(_GLOBALS):
+        return dict(zip(_ATTRIBUTES, map(torch.compiler.disable, (_chunk, recurrent)), strict=True))
+    if isinstance(forward, FunctionType) and names.issuperset(_GLOBALS):
         copied = _with_globals(forward, dict(zip(_GLOBALS, (_chunk, recurrent), strict=True)))
-        new = {slot: MethodType(torch.compiler.disable(copied), layer)}
-    else:
-        raise ValueError(f"model: {type(layer).__name__}.forward calls neither {_ATTRIBUTES} nor {_GLOBALS}")
-    vars(layer)[_UNDO] = {name: vars(layer).get(name) for name in new}
-    vars(layer).update(new)
+        return {slot: MethodType(torch.compiler.disable(copied), layer)}
+    raise ValueError(
+        f"model: {type(layer).__name__}.forward is not the one of transformers, which calls "
+        f"{' and '.join(_ATTRIBUTES)} or {' and '.join(_GLOBALS)}"
+    )
 
 
 def _restore(layer: Any) -> None:
