@@ -336,12 +336,21 @@ def table(reading: Reading) -> str:
 
 def plot(reading: Reading, path: str) -> None:
     """Draw the learning curve into a file."""
+    try:
+        learning_curve(reading).savefig(path, dpi=130)
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else f"{error}"
+        raise DemoError(f"cannot write {path}: {reason}") from None
+
+
+def learning_curve(reading: Reading) -> Any:
+    """Accuracy and bits per byte by position as a matplotlib figure."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(10, 4.2), layout="constrained")
     axes = figure.subplots(1, 2)
     styles = (
-        (reading.frequency, "byte frequencies", "0.55"),
+        (reading.frequency, "most frequent byte", "0.55"),
         (reading.hebbian, "no error correction: u = β v", "tab:orange"),
         (reading.delta, "delta rule: u = β (v − hᵀk)", "tab:blue"),
     )
@@ -354,11 +363,7 @@ def plot(reading: Reading, path: str) -> None:
     axes[0].set_ylim(0, None)
     axes[0].legend(frameon=False)
     figure.suptitle(f"Learning while reading, {len(reading.delta)} texts")
-    try:
-        figure.savefig(path, dpi=130)
-    except (OSError, ValueError) as error:
-        reason = error.strerror if isinstance(error, OSError) else f"{error}"
-        raise DemoError(f"cannot write {path}: {reason}") from None
+    return figure
 
 
 def _smoothed(values: Iterable[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
