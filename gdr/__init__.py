@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from gdr._cuda_loader import CompileError, CudaUnavailable
+from gdr._explain import explain
 from gdr._warmup import warmup
 from gdr.chunk import chunk_gated_delta_rule
 from gdr.fused_recurrent import fused_recurrent_gated_delta_rule, fused_sigmoid_gating_delta_rule_update
@@ -17,8 +19,11 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "CompileError",
+    "CudaUnavailable",
     "DeltaRuleState",
     "chunk_gated_delta_rule",
+    "explain",
     "fused_recurrent_gated_delta_rule",
     "fused_sigmoid_gating_delta_rule_update",
     "gated_delta_rule_gate",

@@ -5,27 +5,58 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import os
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import lru_cache
+from typing import Any
 
 from gdr._inputs import Call
+from gdr._spec import Spec
 
 _runners: dict[tuple[str, str], Callable[[Call], None]] = {}
+_thread = threading.local()
 
 
 def run(call: Call) -> None:
     """Run a checked call on its backend; fills the call's outputs."""
-    if call.spec.device != "cpu":
-        backend = "cuda"
-    elif call.spec.op == "gate":
-        backend = "numpy"
-    else:
-        backend = cpu_backend()
-    runner = _runners.get((backend, call.spec.op))
+    key = backend(call.spec), call.spec.op
+    if getattr(_thread, "planning", False):
+        raise Planned(call)
+    runner = _runners.get(key)
     if runner is None:
-        runner = importlib.import_module(f"gdr._{backend}_{call.spec.op}").run
-        _runners[backend, call.spec.op] = runner
+        runner = _runners[key] = module(call.spec).run
     runner(call)
+
+
+def backend(spec: Spec) -> str:
+    """Name of the backend that runs calls with this `Spec`: "cuda", "numpy" or "numba"."""
+    if spec.device != "cpu":
+        return "cuda"
+    return "numpy" if spec.op == "gate" else cpu_backend()
+
+
+def module(spec: Spec) -> Any:
+    """The module of the backend."""
+    return importlib.import_module(f"gdr._{backend(spec)}_{spec.op}")
+
+
+class Planned(Exception):
+    """Carries the call that would have run, instead of running it."""
+
+    def __init__(self, call: Call) -> None:
+        super().__init__(call)
+        self.call = call
+
+
+@contextmanager
+def planning() -> Iterator[None]:
+    """Within it, calls of this thread raise `Planned` where they would run."""
+    _thread.planning = True
+    try:
+        yield
+    finally:
+        _thread.planning = False
 
 
 def cpu_backend() -> str:

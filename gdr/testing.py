@@ -9,6 +9,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
@@ -73,9 +74,7 @@ class Inputs:
 
     def to(self, xp: str, device: str = "cpu") -> Inputs:
         """The same problem as arrays of another library; see `to_library`."""
-        return replace(
-            self, **{f.name: to_library(to_numpy(getattr(self, f.name)), xp, device) for f in fields(self)}
-        )
+        return replace(self, **{f.name: to_library(to_numpy(getattr(self, f.name)), xp, device) for f in fields(self)})
 
 
 def make_inputs(
@@ -165,7 +164,7 @@ def make_inputs(
     v = rng.normal(size=(B, T, HV, V))
     rates, steps = _REGIMES[gates]
     A_log = np.log(rng.uniform(*rates, size=HV))
-    dt = np.exp(rng.uniform(*np.log(steps), size=HV))
+    dt = np.exp(rng.uniform(math.log(steps[0]), math.log(steps[1]), size=HV))
     dt_bias = dt + np.log(-np.expm1(-dt))  # the inverse of the softplus
     a, b = rng.normal(size=(B, T, HV)), rng.normal(size=(B, T, HV))
     if gates == "none":

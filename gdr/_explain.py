@@ -1,0 +1,103 @@
+"""`gdr.explain`: which kernels a call would run, and why."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from typing import Any
+
+from gdr import _backends, _warmup
+from gdr._inputs import Call
+from gdr._spec import Spec
+
+
+def explain(function: Callable[..., Any], /, *args: Any, **kwargs: Any) -> str:
+    """Say which kernels a call would run, and why; nothing is computed or changed.
+
+    Parameters
+    ----------
+    function : callable
+        An operation, or a method of a `DeltaRuleState`: `step` or `prefill`.
+    *args, **kwargs
+        The arguments of the call.
+
+    Returns
+    -------
+    str
+        A few lines: the problem, the form of the rule, the backend and its kernels.
+
+    Raises
+    ------
+    TypeError
+        `function` is none of these.
+    Exception
+        Whatever the call itself would raise for these arguments.
+
+    Examples
+    --------
+    >>> import os, gdr
+    >>> os.environ["GDR_CPU"] = "numpy"
+    >>> x = gdr.testing.make_inputs(B=2, T=100, H=2, HV=4, K=16, V=16, dtype="float32")
+    >>> print(gdr.explain(gdr.chunk_gated_delta_rule, x.q, x.k, x.v, x.g, x.beta))
+    2 sequences, 200 tokens, H=2 HV=4 K=16 V=16, float32, no state read or written
+    form: chunkwise, 64 tokens a chunk
+    backend: numpy, because GDR_CPU says so
+    """
+    try:
+        with _backends.planning():
+            function(*args, **kwargs)
+    except _backends.Planned as planned:
+        return "\n".join(_lines(planned.call))
+    raise TypeError(f"function: expected an operation of gdr or a method that runs one, got {function!r}")
+
+
+def _lines(call: Call) -> list[str]:
+    spec = call.spec
+    backend = _backends.backend(spec)
+    kernels: list[tuple[str, dict[str, Any]]] = []
+    if backend == "cuda":
+        gpu = _warmup.describe_gpu(int(spec.device))
+        kernels = _backends.module(spec).specializations(spec, gpu.multiprocessors, gpu.shared)
+    return [
+        _problem(spec),
+        f"form: {_form(call, [stem for stem, _ in kernels])}",
+        f"backend: {backend}, because {_reason(spec, backend)}",
+        *(
+            " ".join([f"kernel: {stem}", *(f"{name.removeprefix('GDR_')}={int(x)}" for name, x in defines.items())])
+            for stem, defines in kernels
+        ),
+    ]
+
+
+def _reason(spec: Spec, backend: str) -> str:
+    if backend == "cuda":
+        return f"the arrays are on CUDA device {spec.device}"
+    if spec.op == "gate":
+        return "the gates of the host are NumPy's"
+    if os.environ.get("GDR_CPU"):
+        return "GDR_CPU says so"
+    return f"Numba is {'installed' if backend == 'numba' else 'not installed'}"
+
+
+def _problem(spec: Spec) -> str:
+    if spec.op == "gate":
+        return f"{spec.B * spec.T} tokens, HV={spec.HV}"
+    states = {
+        name.partition("_")[0]: spec.dtypes[name] for name in ("initial_state", "final_state") if name in spec.dtypes
+    }
+    verbs = {"initial": "read", "final": "written"}
+    said = ", ".join(f"{dtype} state {verbs[name]}" for name, dtype in states.items()) or "no state read or written"
+    return (
+        f"{spec.N} sequences, {spec.B * spec.T} tokens, H={spec.H} HV={spec.HV} K={spec.K} V={spec.V}, "
+        f"{spec.dtype}, {said}"
+    )
+
+
+def _form(call: Call, stems: list[str]) -> str:
+    if call.spec.op == "gate":
+        return "one pass over the logits"
+    if call.spec.op == "fused_recurrent":
+        return "recurrent, token by token"
+    if any(stem.startswith("fused_recurrent") for stem in stems):
+        return "recurrent, token by token: the chunkwise kernels do not take this call, or would be slower"
+    return f"chunkwise, {call.chunk_size} tokens a chunk"
