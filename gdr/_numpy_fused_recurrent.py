@@ -115,18 +115,21 @@ def _run_window(
     kq = kq * decays[..., None]
     kq[..., 0, :] *= betas
     values *= betas
-    decays, queries = decays[..., None], kq[..., None, :]
+    decays, kq, values = decays[..., None], kq[..., None, :], values[..., None, :]
     reads, updates = np.empty((T, n, H, r, 2, 1, V), h.dtype), np.empty((T, n, H, r, 1, V), h.dtype)
-    values = values[..., None, :]
     written = np.empty_like(h)
-    for t in range(T):
-        active = sum(length > first + t for length in lengths) if lengths[-1] <= first + t else n
-        state = h[:active]
-        np.matmul(queries[t, :active], state[:, :, :, None], out=reads[t, :active])
-        np.subtract(values[t, :active], reads[t, :active, ..., 0, :, :], out=updates[t, :active])
-        state *= decays[t, :active]
-        np.multiply(keys[t, :active], updates[t, :active], out=written[:active])
-        state += written[:active]
+    for start, stop, active in _spans(lengths, first, last):
+        state, change = h[:active], written[:active]
+        matrices = state[:, :, :, None]
+        span = (slice(start - first, stop - first), slice(active))
+        for token, read, read_key, value, update, decay, key in zip(
+            kq[span], reads[span], reads[..., 0, :, :][span], values[span], updates[span], decays[span], keys[span]
+        ):
+            np.matmul(token, matrices, out=read)
+            np.subtract(value, read_key, out=update)
+            np.multiply(state, decay, out=state)
+            np.multiply(key, update, out=change)
+            np.add(state, change, out=state)
     outputs = query_on_key * updates[..., 0, :]
     outputs += reads[..., 1, 0, :]
     outputs = outputs.reshape(T, n, H * r, V)
@@ -135,6 +138,14 @@ def _run_window(
         if length > first:
             target = piece.tokens(call.out, first, length)[:, :, value_heads]
             target[...] = outputs[: length - first, piece.start : piece.stop].swapaxes(0, 1)
+
+
+def _spans(lengths: list[int], first: int, last: int) -> Iterator[tuple[int, int, int]]:
+    """Spans of tokens in [first, last) during which the same number of sequences, the longest ones, goes on."""
+    ends = sorted({length for length in lengths if first < length < last} | {last})
+    for stop in ends:
+        yield first, stop, sum(length >= stop for length in lengths)
+        first = stop
 
 
 def _normalise(kq: np.ndarray, l2norm: bool, scale: float) -> None:
