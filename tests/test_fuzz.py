@@ -277,7 +277,7 @@ def test_refused_or_right(host, operation):
             with warnings.catch_warnings():
                 warnings.simplefilter("error")
                 refused += run_one(operation, seed)
-        except Exception as error:  # noqa: PERF203
+        except Exception as error:
             raise AssertionError(f"seed {seed}: {type(error).__name__}: {error}") from error
     # Both kinds must be there in numbers, or the search has gone astray.
     assert 0.2 * CALLS < refused < 0.95 * CALLS
