@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
+import pytest
 
+from gdr import _backends
 from gdr.testing import Inputs, to_library, to_numpy
 
 # Relative RMS error that an output or a state of each dtype may have: rounding of the result, and of the
@@ -76,3 +80,11 @@ def assert_same_bits(got: Any, want: Any, name: str = "result") -> None:
     assert got.shape == want.shape, f"{name}: shape {got.shape}, expected {want.shape}"
     same = got.view(np.uint8) == want.view(np.uint8) if got.size else np.ones(1, bool)
     assert same.all(), f"{name}: {np.count_nonzero(~same)} of {same.size} bytes differ"
+
+
+def fail_runs(patch: pytest.MonkeyPatch, fail: Callable[..., Any]) -> None:
+    """Put a function that fails in place of every way in which a state pool runs its calls."""
+    patch.setattr(_backends, "run", fail)
+    for name, module in list(sys.modules.items()):
+        if name.startswith("gdr._numpy_") and hasattr(module, "step"):
+            patch.setattr(module, "step", fail)

@@ -18,9 +18,9 @@ from hypothesis.stateful import (
     rule,
     run_state_machine_as_test,
 )
-from places import assert_same_bits
+from places import assert_same_bits, fail_runs
 
-from gdr import DeltaRuleState, _backends, reference
+from gdr import DeltaRuleState, reference
 from gdr.testing import assert_close, make_inputs
 
 NUM_SLOTS, H, HV, K, V = 7, 1, 2, 4, 3
@@ -200,11 +200,11 @@ class StatePool(RuleBasedStateMachine):
         x = make_inputs(B=len(order), T=1, H=H, HV=HV, K=K, V=V)
         before = self.place.get(self.state.pool)
 
-        def fail(call):
+        def fail(*args):
             raise Fault
 
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(_backends, "run", fail)
+            fail_runs(patch, fail)
             with pytest.raises(Fault):
                 getattr(self.state, method)(*self.operands(x), order)
         assert_same_bits(self.place.get(self.state.pool), before)
