@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+import gdr
+
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
 
@@ -96,6 +98,14 @@ def test_environment_page_names_every_variable():
     read = set(re.findall(r"environ(?:\.get\(|\[)\"(\w+)\"", source))
     assert read
     assert read <= set(re.findall(r"`(\w+)`", text))
+
+
+def test_reference_has_every_public_name():
+    text = (DOCS / "api" / "index.md").read_text(encoding="utf-8") + (DOCS / "api" / "state.md").read_text(
+        encoding="utf-8"
+    )
+    for name in gdr.__all__:
+        assert re.search(rf"\b{name}\b", text), name
 
 
 def test_links_within_the_documentation():
