@@ -8,9 +8,10 @@ import os
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
+from gdr import _threads
 from gdr._inputs import Call
 from gdr._spec import Spec
 
@@ -20,13 +21,17 @@ _thread = threading.local()
 
 def run(call: Call) -> None:
     """Run a checked call on its backend; fills the call's outputs."""
-    key = backend(call.spec), call.spec.op
+    name = backend(call.spec)
+    key = name, call.spec.op if call.ring is None else "ring"
     if getattr(_thread, "planning", False):
         raise Planned(call)
     runner = _runners.get(key)
     if runner is None:
-        runner = _runners[key] = module(call.spec).run
-    runner(call)
+        runner = _runners[key] = importlib.import_module("gdr._{}_{}".format(*key)).run
+    if call.whole and name == "numpy":  # a compiled kernel is not interrupted anyway
+        _threads.uninterrupted(partial(runner, call))
+    else:
+        runner(call)
 
 
 def backend(spec: Spec) -> str:

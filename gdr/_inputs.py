@@ -52,6 +52,8 @@ class Call:
     final_state: Any = None
     final_slots: Any = None
     cu_seqlens: Any = None
+    ring: Any = None  # the pool's `Ring`, where a step may leave its writes to it
+    whole: Any = False  # an interrupt must find all states written, or none
 
     @property
     def stream(self) -> int:

@@ -18,9 +18,18 @@ import numpy as np
 
 from gdr._inputs import Call
 from gdr._numpy_gate import gates
-from gdr._numpy_states import Block, blocks_of, by_key_head, for_each, heads_a_block, is_view, read, states_of
+from gdr._numpy_states import (
+    Block,
+    Shape,
+    blocks_of,
+    by_key_head,
+    for_each,
+    heads_a_block,
+    is_view,
+    read,
+    states_of,
+)
 from gdr._ring import Ring
-from gdr._spec import Spec
 
 L2_EPS = 1e-6
 
@@ -36,9 +45,9 @@ class _Tokens(NamedTuple):
     outputs: np.ndarray  # [n, H, r, V], to be filled
 
 
-def step(call: Call, ring: Ring) -> None:
-    """Run one token of each sequence of a pool; `ring` takes what is to be written into the states."""
-    spec = call.spec
+def run(call: Call) -> None:
+    """Run one token of each sequence of a pool; its ring takes what is to be written into the states."""
+    spec, ring = call.spec, call.ring
     slots = call.initial_slots
     live = np.flatnonzero(slots >= 0)
     if live.size < spec.N:
@@ -46,7 +55,7 @@ def step(call: Call, ring: Ring) -> None:
         slots = slots[live]
     full = slots[ring.fill[slots] == ring.capacity]
     if full.size:
-        fold(ring, call.initial_state, spec, full)
+        fold(ring, call.initial_state, spec.layout, full)
     tokens = _load(call, live)
     states = by_key_head(call.initial_state, spec)
     # Stored numbers that are computed with as they are need no scratch, however many.
@@ -65,7 +74,7 @@ def step(call: Call, ring: Ring) -> None:
     _store(call, tokens, live)
 
 
-def _step(tokens: _Tokens, states: np.ndarray, ring: Ring, block: Block, spec: Spec) -> None:
+def _step(tokens: _Tokens, states: np.ndarray, ring: Ring, block: Block, spec: Shape) -> None:
     """One token of a block of slots, from their states and their rings."""
     kq = tokens.keys_queries[block.rows, block.heads]
     n, heads = kq.shape[:2]
@@ -95,8 +104,22 @@ def _answer(tokens: _Tokens, block: Block, reads: np.ndarray) -> np.ndarray:
     return updates
 
 
-def fold(ring: Ring, pool: np.ndarray, spec: Spec, slots: np.ndarray) -> None:
+class _Pool(NamedTuple):
+    """How the states of a pool are stored: a `Shape`."""
+
+    H: int
+    HV: int
+    K: int
+    V: int
+    layout: str
+    compute: str
+
+
+def fold(ring: Ring, pool: np.ndarray, layout: str, slots: np.ndarray) -> None:
     """Write the pending tokens of slots into their states."""
+    H, _, K = ring.keys.shape[1:]
+    HV, _, V = ring.updates.shape[1:]
+    spec = _Pool(H, HV, K, V, layout, ring.keys.dtype.name)
     states = by_key_head(pool, spec)
 
     def work(blocks: Iterator[Block]) -> None:
@@ -109,7 +132,7 @@ def fold(ring: Ring, pool: np.ndarray, spec: Spec, slots: np.ndarray) -> None:
     ring.discard(slots)
 
 
-def _fold(ring: Ring, states: np.ndarray, block: Block, spec: Spec) -> None:
+def _fold(ring: Ring, states: np.ndarray, block: Block, spec: Shape) -> None:
     dtype = ring.keys.dtype
     n, r = block.pending, states.shape[2]
     value_heads = slice(block.heads.start * r, block.heads.stop * r)

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import numpy as np
 
 from gdr import _threads
 from gdr._ring import Slots
-from gdr._spec import Spec
 
 # Sequences with larger states are taken where they are, neighbouring slots together; smaller ones are gathered.
 GATHER_BYTES = 1 << 17
@@ -20,6 +19,23 @@ UPDATE_BYTES = 1 << 19
 THREADING_BYTES = 4 << 20
 # BLAS libraries may split products of more multiplications than this over threads.
 BLAS_THREADING_THRESHOLD = 9_000
+
+
+class Shape(Protocol):
+    """What of a call, or of a pool, says how its states are stored."""
+
+    @property
+    def H(self) -> int: ...
+    @property
+    def HV(self) -> int: ...
+    @property
+    def K(self) -> int: ...
+    @property
+    def V(self) -> int: ...
+    @property
+    def layout(self) -> str: ...
+    @property
+    def compute(self) -> str: ...
 
 
 class Block(NamedTuple):
@@ -32,12 +48,12 @@ class Block(NamedTuple):
     pending: int  # tokens that each of the slots has in its ring
 
 
-def by_key_head(states: np.ndarray, spec: Spec) -> np.ndarray:
+def by_key_head(states: np.ndarray, spec: Shape) -> np.ndarray:
     """A state array with its value heads by key head: ``[slots, H, r, K, V]``, or ``[..., V, K]``; a view."""
     return states.reshape(len(states), spec.H, -1, *states.shape[2:])
 
 
-def states_of(states: np.ndarray, slots: Slots, heads: slice, dtype: np.dtype, spec: Spec) -> np.ndarray:
+def states_of(states: np.ndarray, slots: Slots, heads: slice, dtype: np.dtype, spec: Shape) -> np.ndarray:
     """Some states as ``[n, H, r, K, V]`` of `dtype`: a view where each head's is one block of memory, else a copy."""
     h = states[slots, heads]
     if h.dtype != dtype or not _has_dense_heads(h):
@@ -60,20 +76,20 @@ def is_view(states: np.ndarray | None, block: Block, dtype: np.dtype) -> bool:
     )
 
 
-def _state_bytes(spec: Spec) -> int:
+def _state_bytes(spec: Shape) -> int:
     return spec.HV * spec.K * spec.V * np.dtype(spec.compute).itemsize
 
 
-def heads_a_block(spec: Spec) -> int:
+def heads_a_block(spec: Shape) -> int:
     """Key heads whose states stay in the cache from one pass to the next."""
     return min(spec.H, max(1, UPDATE_BYTES // (_state_bytes(spec) // spec.H)))
 
 
-def _threads_for(count: int, spec: Spec) -> int:
+def _threads_for(count: int, spec: Shape) -> int:
     return _threads.thread_count() if count * _state_bytes(spec) >= THREADING_BYTES else 1
 
 
-def blocks_of(spec: Spec, read: np.ndarray, write: np.ndarray, counts: np.ndarray, heads: int) -> list[Block]:
+def blocks_of(spec: Shape, read: np.ndarray, write: np.ndarray, counts: np.ndarray, heads: int) -> list[Block]:
     """Split sequences into blocks: slots that are neighbours and have as much pending, and up to `heads` key heads."""
     groups: list[tuple[Slots, Slots, Slots, int]] = []
     n = read.size
@@ -111,7 +127,7 @@ def read(kq: np.ndarray, h: np.ndarray) -> np.ndarray:
     return np.matmul(kq[:, :, None, :, None], h[:, :, :, None])[..., 0, :]
 
 
-def for_each(work: Callable[[Iterator[Block]], None], blocks: list[Block], count: int, spec: Spec) -> None:
+def for_each(work: Callable[[Iterator[Block]], None], blocks: list[Block], count: int, spec: Shape) -> None:
     threads = _threads_for(count, spec)
     if threads == 1 and spec.K * spec.V < BLAS_THREADING_THRESHOLD:
         work(iter(blocks))

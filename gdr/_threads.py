@@ -54,7 +54,7 @@ class _OneBlasThread:
                     self._libraries = ThreadpoolController().select(user_api="blas").lib_controllers
                 self._counts = [library.get_num_threads() for library in self._libraries]
                 for library in self._libraries:
-                    library.set_num_threads(1)
+                    _set_num_threads(library, 1)
             self._inside += 1
 
     def __exit__(self, *error: object) -> None:
@@ -62,13 +62,18 @@ class _OneBlasThread:
             self._inside -= 1
             if self._inside == 0:
                 for library, count in zip(self._libraries or [], self._counts, strict=True):
-                    library.set_num_threads(count)
+                    _set_num_threads(library, count)
 
     def look_again(self) -> None:
         """Search for BLAS libraries anew: a module that brings another one has been imported."""
         with self._lock:
             if self._inside == 0:
                 self._libraries = None
+
+
+def _set_num_threads(library: Any, count: int) -> None:
+    # The public setter of some versions obeys only the first thread that ever called it.
+    getattr(library, "_real_set_num_threads", library.set_num_threads)(count)
 
 
 one_blas_thread = _OneBlasThread()
@@ -132,21 +137,47 @@ def for_each(work: Callable[[Iterator[Job]], None], jobs: Sequence[Job], threads
         helper.result()
 
 
+class _Once:
+    """Runs a function on whichever call comes first; `finished` is set when it has returned or raised."""
+
+    def __init__(self, function: Callable[[], None]) -> None:
+        self._function = function
+        self._lock = threading.Lock()
+        self._claimed = False
+        self.finished = threading.Event()
+        self.error: BaseException | None = None
+
+    def __call__(self) -> None:
+        with self._lock:
+            if self._claimed:
+                return
+            self._claimed = True
+        try:
+            self._function()
+        except BaseException as error:
+            self.error = error
+        finally:
+            self.finished.set()
+
+
 def uninterrupted(function: Callable[[], None]) -> None:
     """Call `function` so that a signal handler that raises, as on Ctrl-C, does so only after it has returned.
 
-    Handlers run in the main thread, wherever that happens to be; so another thread does the work.
+    Handlers run in the main thread, between any two steps of it; so another thread does the work, and the main
+    one, should it be interrupted while it hands the work over or waits, makes sure again that it gets done.
     """
     if threading.current_thread() is not threading.main_thread():
         function()
         return
-    task = _the_pool().submit(function)
+    task = _Once(function)
     interrupt: BaseException | None = None
-    while not task.done():
+    while not task.finished.is_set():
         try:
-            wait((task,))
+            _the_pool().submit(task)
+            task.finished.wait()
         except BaseException as error:
             interrupt = error
-    task.result()
+    if task.error is not None:
+        raise task.error
     if interrupt is not None:
         raise interrupt

@@ -11,7 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from gdr import _arrays, _backends, _inputs, _spec, _state_file
+from gdr import _arrays, _backends, _inputs, _spec, _state_file, _threads
+from gdr._ring import Ring
 
 _STATE_NAMES = {
     "initial_state": "the pool",
@@ -135,6 +136,7 @@ class DeltaRuleState:
         self._allocated = np.zeros(self.num_slots, bool)
         self._free = list(range(self.num_slots - 1, -1, -1))
         self._dirty = np.zeros(self.num_slots, bool)
+        self._ring: Ring | None = None  # tokens that steps in NumPy have not written into the pool yet
 
     @property
     def _slot_shape(self) -> tuple[int, int, int]:
@@ -143,7 +145,11 @@ class DeltaRuleState:
 
     @property
     def pool(self) -> Any:
-        """The states, ``[num_slots, HV, K, V]`` (``[num_slots, HV, V, K]`` with layout "vk"); writable in place."""
+        """The states, ``[num_slots, HV, K, V]`` (``[num_slots, HV, V, K]`` with layout "vk"); writable in place.
+
+        Ask for it anew after a `step`: tokens may be pending then that only this property writes into the states.
+        """
+        self._settle()
         return self._pool
 
     @property
@@ -153,8 +159,8 @@ class DeltaRuleState:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of memory that the pool takes."""
-        return self._pool.nbytes
+        """Bytes of memory that the pool takes, with the tokens that wait to be written into it."""
+        return self._pool.nbytes + (self._ring.nbytes if self._ring is not None else 0)
 
     def __repr__(self) -> str:
         return (
@@ -431,21 +437,33 @@ class DeltaRuleState:
             softplus_beta=self.softplus_beta,
             softplus_threshold=self.softplus_threshold,
         )
-        if self.device == "cpu" and _backends.cpu_backend() == "numpy":
-            self._run_staged(call)
-        else:
-            _backends.run(call)
+        if self.device == "cpu":
+            call.whole = True
+            call.ring = self._ring_for(call)
+            if call.ring is None:
+                self._settle(slots)
+        _backends.run(call)
         return call.library.release(call.out) if out is None else out
 
-    def _run_staged(self, call: _inputs.Call) -> None:
-        """Run a call in NumPy and write its states at once in the end: an interrupt leaves all or none changed."""
-        slots, call.final_slots = call.final_slots, None
-        call.final_state = np.empty((len(slots), *self._slot_shape), self._pool.dtype)
-        _backends.run(call)
-        live = slots >= 0
-        if call.spec.varlen:
-            live &= np.diff(call.cu_seqlens) > 0
-        self._pool[slots[live]] = call.final_state[live]
+    def _ring_for(self, call: _inputs.Call) -> Ring | None:
+        """The ring that a call may leave its writes to: if it is a step in NumPy, in the ring's precision."""
+        spec = call.spec
+        if spec.op != "fused_recurrent" or spec.T != 1 or spec.varlen or _backends.cpu_backend() != "numpy":
+            return None
+        with self._lock:
+            if self._ring is None:
+                self._ring = Ring(self.num_slots, spec.H, spec.HV, spec.K, spec.V, np.dtype(spec.compute))
+        return self._ring if self._ring.keys.dtype == spec.compute else None
+
+    def _settle(self, slots: np.ndarray | None = None) -> None:
+        """Write the pending tokens of slots (of all without) into their states."""
+        if self._ring is None:
+            return
+        from gdr import _numpy_ring
+
+        slots = self._ring.pending(None if slots is None else slots[slots >= 0])
+        if slots.size:
+            _threads.uninterrupted(partial(_numpy_ring.fold, self._ring, self._pool, self.layout, slots))
 
     def _head_parameter(self, name: str, value: Any) -> Any | None:
         if value is None:
@@ -470,6 +488,7 @@ class DeltaRuleState:
     def _get(self, index: Any) -> Any:
         """Copy of the states at `index`, an array on the pool's device."""
         if self.device == "cpu":
+            self._settle(index)
             return self._pool[index]
         with self._here():
             return _cuda_state().gather(self._pool, index)
@@ -477,6 +496,8 @@ class DeltaRuleState:
     def _set(self, index: Any, states: Any) -> None:
         """Overwrite the states at `index`, an array on the pool's device."""
         if self.device == "cpu":
+            if self._ring is not None:
+                self._ring.discard(index)
             self._pool[index] = states
             return
         with self._here():
