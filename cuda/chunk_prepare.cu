@@ -77,7 +77,7 @@ struct Rows {
 #pragma unroll
         for (int i = 0; i < kChunks; ++i) {
             const int key8 = lane / 8 + 4 * i;
-            const int offset = key_block(token8 / 2, key8 / 2) + token8 % 2 * 256 + key8 % 2 * 128 + lane % 8 * 16;
+            const int offset = key8 * kKeyStep + token8 * kMatrixBytes + lane % 8 * 16;
             uint4 y;
             y.x = Op::pack(x[i][0] * factor, x[i][1] * factor), y.y = Op::pack(x[i][2] * factor, x[i][3] * factor);
             y.z = Op::pack(x[i][4] * factor, x[i][5] * factor), y.w = Op::pack(x[i][6] * factor, x[i][7] * factor);
@@ -88,7 +88,7 @@ struct Rows {
 };
 
 __device__ __forceinline__ void fill_keys(const Params& p, Shared& sm, const Sequence& seq, i64 start, int h, char* global) {
-    constexpr int kBatch = kKeys <= 128 ? 4 : 2;  // groups in flight
+    constexpr int kBatch = kKeys <= 128 ? 2 : 1;  // groups in flight
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
 #pragma unroll 1
     for (int first = warp; first < 16; first += kBatch * kWarps) {
@@ -128,7 +128,7 @@ __device__ __forceinline__ void fill_gates(const Params& p, Sum* G, float* beta,
         g[i] = value_of(p.a_type, a[i]), strength[i] = value_of(p.b_type, b[i]);
         if constexpr (kRawGates) {
             g[i] = log_decay(value_of(p.A_log_type, A_log), g[i], value_of(p.dt_bias_type, dt_bias), p.softplus_beta,
-                             p.softplus_threshold);
+                             1.f / p.softplus_beta, p.softplus_threshold);
             strength[i] = sigmoid(strength[i]);
         }
         g[i] = g[i] < kForgotten ? kForgotten : g[i];
@@ -152,19 +152,19 @@ using Products = Tile[kRows + 1];
 __device__ __forceinline__ void multiply(const Shared& sm, Products& x) {
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, last = max(warp, kRows - 1 - warp);
     const u32 K = shared_address(sm.K), Q = shared_address(sm.Q);
-    const u32 k_rows = K + key_block(warp, 0) + swapped(lane), q_rows = Q + key_block(kRows - 1 - warp, 0) + swapped(lane);
+    const u32 k_rows = K + key_block(warp, 0) + by_tokens(lane), q_rows = Q + key_block(kRows - 1 - warp, 0) + by_tokens(lane);
 #pragma unroll
     for (int j = 0; j <= kRows; ++j) x[j].clear();
 #pragma unroll 2
     for (int block = 0; block < kKeyBlocks; ++block) {
         u32 k[4], q[4];
-        load_matrices(k_rows + block * kBlockBytes, k);
-        load_matrices(q_rows + block * kBlockBytes, q);
+        load_matrices(k_rows + key_block(0, block), k);
+        load_matrices(q_rows + key_block(0, block), q);
 #pragma unroll
         for (int j = 0; j < kRows; ++j) {
             if (j > last) continue;
             u32 b[4];
-            load_matrices(K + key_block(j, block) + in_order(lane), b);
+            load_matrices(K + key_block(j, block) + by_keys(lane), b);
             if (j <= warp) x[j].add_product<Op>(k, b);
             if (j <= kRows - 1 - warp) x[kRows - j].add_product<Op>(q, b);
         }
@@ -313,7 +313,7 @@ __device__ __forceinline__ void prepare_head(const Params& p, Shared& sm, const 
 
 }  // namespace
 
-extern "C" __global__ void __launch_bounds__(32 * kWarps, 3) chunk_prepare(const __grid_constant__ Params p) {
+extern "C" __global__ void __launch_bounds__(32 * kWarps, 4) chunk_prepare(const __grid_constant__ Params p) {
     extern __shared__ __align__(128) char shared[];
     Shared& sm = *reinterpret_cast<Shared*>(shared);
     const int slot = blockIdx.x, h = blockIdx.y % p.H, part = blockIdx.y / p.H;

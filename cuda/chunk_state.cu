@@ -15,27 +15,19 @@
 //
 //   GDR_COLUMNS, GDR_SPLIT, GDR_STAGES    kColumns, kSplit, kStages
 // requires: sm_80
-#include "gdr/chunk.cuh"
+namespace gdr {
+constexpr int kColumns = GDR_COLUMNS, kSplit = GDR_SPLIT, kStages = GDR_STAGES;
+constexpr bool kSquare = false;
+}
+
+#include "gdr/chunk_state.cuh"
 
 using namespace gdr;
 
 namespace {
 
-constexpr int kColumns = GDR_COLUMNS, kSplit = GDR_SPLIT, kStages = GDR_STAGES;
-constexpr int kWarps = kColumns / 16 * kSplit, kThreads = 32 * kWarps;
-constexpr int kWarpKeys = kKeys / kSplit, kWarpKeyBlocks = kWarpKeys / 16;
 constexpr int kOwnRows = kRows / kSplit;  // blocks of 16 tokens whose outputs a warp finishes
-static_assert(kColumns % 16 == 0 && kV % kColumns == 0 && (kSplit == 1 || kSplit == 2));
-constexpr int kValueBytes = bytes_of(kQkv);
-static_assert(kValueBytes == 2, "float32 goes through the recurrence");
-
-struct alignas(128) Stage {
-    char K[kKeyTileBytes], Q[kKeyTileBytes];
-    HeadTile head;
-    // Values: blocks of 16 tokens x 16 columns, by tokens first, with the matrices (tokens 0-7, columns 0-7),
-    // (8-15, 0-7), (0-7, 8-15), (8-15, 8-15).
-    char V[kC * kColumns * kValueBytes];
-};
+static_assert(kSplit == 1 || kSplit == 2);
 
 // What two warps of the same columns give each other: X of all tokens and Y of the other's, a float4 a lane and tile.
 struct Exchange {
@@ -43,119 +35,15 @@ struct Exchange {
 };
 
 struct Shared {
-    Stage stages[kStages];
-    Barrier full[kStages];
+    Stages copies;
     alignas(16) Exchange exchange[kWarps][2];  // by warp and parity of the chunk; not there with one split
 };
-
-struct Work {
-    Sequence seq;
-    int hv, first_column;  // of the block
-    int first, last;       // chunks of this launch
-};
-
-// ---- Copies.
-
-__device__ __forceinline__ void copy_values(const Params& p, const Work& work, Stage& stage, int chunk) {
-    constexpr int kPieces = kC * kColumns / 8;
-    const i64 start = static_cast<i64>(chunk) * kC;
-#pragma unroll
-    for (int i = 0; i < kPieces / kThreads; ++i) {
-        const int piece = i * kThreads + threadIdx.x;
-        const int token = piece / (kColumns / 8), column8 = piece % (kColumns / 8);
-        const bool exists = start + token < work.seq.length;
-        const char* from = token_row(p.v, p.v_strides, work.seq, exists ? start + token : 0, work.hv) +
-                           (work.first_column + column8 * 8) * kValueBytes;
-        char* to = stage.V + (token / 16 * (kColumns / 16) + column8 / 2) * kBlockBytes + column8 % 2 * 256 +
-                   token / 8 % 2 * 128 + token % 8 * 16;
-        if constexpr (kAligned) {
-            copy16(shared_address(to), from, exists);
-        } else {
-            u32 words[4];
-            load_chunk<kQkv, 8, false>(from, 0, exists ? 8 : 0, words);
-            *reinterpret_cast<uint4*>(to) = make_uint4(words[0], words[1], words[2], words[3]);
-        }
-    }
-}
-
-// Every thread calls it; the stage's barrier completes once all has landed.
-__device__ __forceinline__ void copy_chunk(const Params& p, const Work& work, Stage& stage, Barrier& full, int chunk) {
-    const i64 slot = work.seq.chunk + chunk - p.first_chunk;
-    const char* keys = p.key_tiles + (slot * p.H + work.hv / p.group) * (2 * kKeyTileBytes);
-    const char* head = p.head_tiles + (slot * (p.H * p.group) + work.hv) * sizeof(HeadTile);
-#if __CUDA_ARCH__ >= 900
-    if (threadIdx.x == 0) {
-        full.arrive_expect(2 * kKeyTileBytes + sizeof(HeadTile));
-        full.copy_bulk(shared_address(stage.K), keys, 2 * kKeyTileBytes);
-        full.copy_bulk(shared_address(&stage.head), head, sizeof(HeadTile));
-    }
-#else
-    for (int i = threadIdx.x; i < 2 * kKeyTileBytes / 16; i += kThreads)
-        copy16(shared_address(stage.K) + i * 16, keys + i * 16, true);
-    for (int i = threadIdx.x; i < static_cast<int>(sizeof(HeadTile)) / 16; i += kThreads)
-        copy16(shared_address(&stage.head) + i * 16, head + i * 16, true);
-#endif
-    copy_values(p, work, stage, chunk);
-    if constexpr (!kAligned) __threadfence_block();
-    full.arrive_after_copies();
-}
-
-constexpr int kArrivals = kThreads +
-#if __CUDA_ARCH__ >= 900
-                          1;
-#else
-                          0;
-#endif
-
-// ---- States. S[j][i]: column 8 (i / 2) + lane / 4 of the warp's 16, key 8 j + 2 (lane % 4) + i % 2 of its keys.
-
-using State = float[kWarpKeys / 8][4];
-
-template <int kType, class Visit>
-__device__ __forceinline__ void for_each(const StateStrides& strides, i64 slot, int hv, int column, int first_key, Visit&& visit) {
-    const int lane = threadIdx.x % 32;
-    const i64 base = slot * strides.slot + hv * strides.head;
-#pragma unroll
-    for (int j = 0; j < kWarpKeys / 8; ++j) {
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-            const int v = column + lane / 4 + i / 2 * 8, key = first_key + j * 8 + lane % 4 * 2 + i % 2;
-            if (kK == kKeys || key < kK) visit(j, i, base + (kVK ? v * strides.row + key : key * strides.row + v));
-        }
-    }
-}
-
-template <int kType>
-__device__ __forceinline__ void read_state(State& S, const void* from, const StateStrides& strides, i64 slot, int hv, int column, int first_key) {
-    for_each<kType>(strides, slot, hv, column, first_key, [&](int j, int i, i64 index) {
-        S[j][i] = value_of(kType, load_bits(kType, from, index));
-    });
-}
-
-template <int kType>
-__device__ __forceinline__ void write_state(const State& S, void* to, const StateStrides& strides, i64 slot, int hv, int column, int first_key) {
-    for_each<kType>(strides, slot, hv, column, first_key, [&](int j, int i, i64 index) { store<kType>(to, index, S[j][i]); });
-}
-
-// Where this thread's part of a state lies between launches.
-__device__ __forceinline__ i64 carried_index(const Work& work, int j) {
-    const i64 warp = (static_cast<i64>(work.hv) * (kV / kColumns) + work.first_column / kColumns) * kWarps + threadIdx.x / 32;
-    return (warp * (kWarpKeys / 8) + j) * 32 + threadIdx.x % 32;
-}
-
-// ---- One chunk.
 
 // Blocks of 16 tokens in the warp's order: first those whose outputs it finishes. Two splits take 0, 3 and 1, 2: the
 // same number of blocks of P.
 __device__ __forceinline__ int token_block(int split, int i) {
     if constexpr (kSplit == 1) return i;
     return i < 2 ? (i == 0 ? split : 3 - split) : (i == 2 ? 1 - split : 2 + split);
-}
-
-__device__ __forceinline__ float2 values_of(u32 pair) {
-    float x[2];
-    unpack<kQkv>(&pair, x);
-    return make_float2(x[0], x[1]);
 }
 
 __device__ __forceinline__ void add(Tile& x, const float4 (&y)[2][32], int lane) {
@@ -171,33 +59,10 @@ __device__ __forceinline__ void give(float4 (&y)[2][32], const Tile& x, int lane
     for (int half = 0; half < 2; ++half) y[half][lane] = make_float4(x.x[half][0], x.x[half][1], x.x[half][2], x.x[half][3]);
 }
 
-// Stores 16 columns x 16 tokens: two tokens of one column a register pair, transposed to two columns of one token.
-__device__ __forceinline__ void store_output(const Params& p, const Work& work, const Tile& o, i64 start, int column) {
-    const int lane = threadIdx.x % 32;
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-        const i64 t = start + half * 8 + lane / 4;
-        char* row = at(p.out, kQkv, work.seq.batch * p.out_strides.batch + (work.seq.first + t) * p.out_strides.token +
-                                        work.hv * p.out_strides.head + column + lane % 4 * 2);
-#pragma unroll
-        for (int i = 0; i < 2; ++i) {
-            const u32 pair = transpose(Operand<kQkv == kBFloat16>::pack(o.x[half][2 * i], o.x[half][2 * i + 1]));
-            if (t >= work.seq.length) continue;
-            if constexpr (kAligned) {
-                *reinterpret_cast<u32*>(row + i * 8 * kValueBytes) = pair;
-            } else {
-                reinterpret_cast<u16*>(row + i * 8 * kValueBytes)[0] = static_cast<u16>(pair);
-                reinterpret_cast<u16*>(row + i * 8 * kValueBytes)[1] = static_cast<u16>(pair >> 16);
-            }
-        }
-    }
-}
-
-// `refill` is called once every warp is past the previous chunk.
 template <class Refill>
-__device__ __forceinline__ void do_chunk(const Params& p, const Work& work, Shared& sm, const Stage& stage, State& S, int chunk, Refill&& refill) {
+__device__ __forceinline__ void do_chunk(const Work& work, Shared& sm, const Stage& stage, State& S, int chunk, Refill&& refill) {
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, split = warp % kSplit, row = warp / kSplit;
-    const u32 K = shared_address(stage.K) + split * kWarpKeyBlocks * kBlockBytes;
+    const u32 K = shared_address(stage.K) + key_block(0, split * kWarpKeyBlocks);
     const u32 Q = K + kKeyTileBytes, T = shared_address(stage.head.T) + in_order(lane), P = shared_address(stage.head.P) + in_order(lane);
 
     Tile X[kRows], Y[kRows];  // X by tokens, Y in the warp's order
@@ -217,7 +82,7 @@ __device__ __forceinline__ void do_chunk(const Params& p, const Work& work, Shar
 #pragma unroll
             for (int i = 0; i < kRows; ++i) {
                 u32 b[4];
-                load_matrices(K + key_block(i, k) + in_order(lane), b);
+                load_matrices(K + key_block(i, k) + by_keys(lane), b);
                 X[i].add_product<Op>(left[k], b);
             }
         }
@@ -231,7 +96,7 @@ __device__ __forceinline__ void do_chunk(const Params& p, const Work& work, Shar
 #pragma unroll
             for (int i = 0; i < kRows; ++i) {
                 u32 b[4];
-                load_matrices(Q + key_block(token_block(split, i), k) + in_order(lane), b);
+                load_matrices(Q + key_block(token_block(split, i), k) + by_keys(lane), b);
                 Y[i].add_product<Op>(left[k], b);
             }
         }
@@ -302,12 +167,14 @@ __device__ __forceinline__ void do_chunk(const Params& p, const Work& work, Shar
 #pragma unroll
         for (int j = 0; j < kWarpKeyBlocks; ++j) {
             u32 b[4];
-            load_matrices_transposed(K + key_block(k, j) + swapped(lane), b);
+            load_matrices_transposed(K + key_block(k, j) + by_tokens(lane), b);
             Op::mma(S[2 * j], decayed[k], b[0], b[1]);
             Op::mma(S[2 * j + 1], decayed[k], b[2], b[3]);
         }
     }
 
+    const int tokens = work.tokens(chunk);
+    char* to = work.outputs + static_cast<i64>(chunk) * kC * work.output_step;
 #pragma unroll
     for (int i = 0; i < kOwnRows; ++i) {
         const int block = token_block(split, i);
@@ -324,93 +191,16 @@ __device__ __forceinline__ void do_chunk(const Params& p, const Work& work, Shar
             load_matrices(P + lower_block(block, k), b);
             Y[i].add_product<Op>(plain[k], b);
         }
-        store_output(p, work, Y[i], static_cast<i64>(chunk) * kC + block * 16, work.first_column + row * 16);
+        store_output(work, Y[i], to + block * 16 * work.output_step, tokens - block * 16);
     }
-}
-
-__device__ __forceinline__ void zero_output(const Params& p, const Work& work) {
-    for (i64 t = 0; t < work.seq.length; ++t) {
-        const i64 row = work.seq.batch * p.out_strides.batch + (work.seq.first + t) * p.out_strides.token + work.hv * p.out_strides.head;
-        for (int i = threadIdx.x; i < kColumns; i += kThreads) store<kQkv>(p.out, row + work.first_column + i, 0.f);
-    }
-}
-
-// The slot of sequence n in a state array, or -1 where it lies outside.
-__device__ __forceinline__ i64 find_slot(const void* slots, bool wide, i64 rows, int n) {
-    const i64 slot = slots == nullptr ? n : load_index(slots, n, wide);
-    return slot < rows ? max(slot, -1ll) : -1;
 }
 
 }  // namespace
 
-// One block after another: columns of a value head, value heads of a sequence, sequences.
 extern "C" __global__ void __launch_bounds__(kThreads) chunk_state(const __grid_constant__ Params p) {
     extern __shared__ __align__(128) char shared[];
     Shared& sm = *reinterpret_cast<Shared*>(shared);
-    constexpr int kBlocks = kV / kColumns;
-    const int heads = p.H * p.group, n = blockIdx.x / (heads * kBlocks), warp = threadIdx.x / 32;
-    Work work;
-    work.hv = blockIdx.x / kBlocks % heads, work.first_column = blockIdx.x % kBlocks * kColumns;
-    work.seq = find_sequence(p, n);
-    const Sequence& seq = work.seq;
-    work.first = max(0, p.first_chunk - seq.chunk), work.last = min(seq.chunks, p.last_chunk - seq.chunk);
-    const bool begins = p.first_chunk <= seq.chunk && seq.chunk < p.last_chunk;
-    if (work.first >= work.last && !(begins && seq.chunks == 0)) return;
-
-    const i64 from = kHasInitial || p.initial_slots != nullptr ? find_slot(p.initial_slots, p.initial_slots_wide, p.initial_rows, n) : n;
-    const i64 to = kHasFinal ? find_slot(p.final_slots, p.final_slots_wide, p.final_rows, n) : n;
-    if (from < 0 || to < 0) {
-        if (begins) zero_output(p, work);
-        return;
-    }
-
-    if (threadIdx.x == 0) {
-#pragma unroll
-        for (int i = 0; i < kStages; ++i) sm.full[i].init(kArrivals);
-        Barrier::publish_inits();
-    }
-    __syncthreads();
-    for (int i = 0; i < kStages - 1; ++i)
-        if (work.first + i < work.last) copy_chunk(p, work, sm.stages[i], sm.full[i], work.first + i);
-
-    const int column = work.first_column + warp / kSplit * 16, first_key = warp % kSplit * kWarpKeys;
-    State S;
-#pragma unroll
-    for (int j = 0; j < kWarpKeys / 8; ++j) {
-#pragma unroll
-        for (int i = 0; i < 4; ++i) S[j][i] = 0.f;
-    }
-    if (work.first > 0) {
-#pragma unroll
-        for (int j = 0; j < kWarpKeys / 8; ++j) {
-            const float4 x = p.carried_in[carried_index(work, j)];
-            S[j][0] = x.x, S[j][1] = x.y, S[j][2] = x.z, S[j][3] = x.w;
-        }
-    } else if constexpr (kHasInitial) {
-        read_state<kInitial>(S, p.initial_state, p.initial_strides, from, work.hv, column, first_key);
-    }
-
-    int stage = 0, filled = kStages - 1;
-    u32 parity = 0;
-#pragma unroll 1
-    for (int chunk = work.first; chunk < work.last; ++chunk) {
-        sm.full[stage].wait(parity);
-        do_chunk(p, work, sm, sm.stages[stage], S, chunk, [&] {
-            const int next = chunk + kStages - 1;
-            if (next < work.last) copy_chunk(p, work, sm.stages[filled], sm.full[filled], next);
-        });
-        filled = stage;
-        if (++stage == kStages) stage = 0, parity ^= 1;
-    }
-
-    if (work.last < seq.chunks) {
-#pragma unroll
-        for (int j = 0; j < kWarpKeys / 8; ++j) 
-            p.carried_out[carried_index(work, j)] = make_float4(S[j][0], S[j][1], S[j][2], S[j][3]);
-    } else if constexpr (kHasFinal) {
-        // Without tokens a state moves only where it is read and written in different places.
-        const void* read = kHasInitial ? at(p.initial_state, kInitial < 0 ? kFloat32 : kInitial, from * p.initial_strides.slot) : nullptr;
-        if (seq.chunks > 0 || read != at(p.final_state, kFinal, to * p.final_strides.slot))
-            write_state<kFinal>(S, p.final_state, p.final_strides, to, work.hv, column, first_key);
-    }
+    walk(p, sm.copies, [&](const Work& work, const Stage& stage, State& S, int chunk, auto&& refill) {
+        do_chunk(work, sm, stage, S, chunk, refill);
+    });
 }

@@ -21,7 +21,7 @@ MAX_WORKSPACE = 512 << 20
 
 # The C struct Params of chunk.cuh: pointers; scalars and the chunks of this launch; then what a Spec fixes.
 _params = _cuda_loader.Params("17Q 3f2i 18q 6q 2q 2q q 4i 4i 3i")
-PARAMS = {"chunk_prepare": _params, "chunk_state": _params}
+PARAMS = {"chunk_prepare": _params, "chunk_state": _params, "chunk_state_sm90": _params}
 
 _HEAD_TILE = 2 * 10 * 512 + 3 * CHUNK * 4  # bytes of T, P and the decays of a chunk and value head
 _captured: list[Any] = []  # workspaces of CUDA graphs, which live as long as the process
@@ -33,6 +33,7 @@ class Tile(NamedTuple):
     columns: int
     split: int
     stages: int
+    warpgroups: bool = False  # chunk_state_sm90
 
     @property
     def threads(self) -> int:
@@ -41,7 +42,8 @@ class Tile(NamedTuple):
 
     def shared(self, K: int) -> int:
         """Bytes of shared memory of a block: the struct Shared of chunk_state.cu."""
-        stage = _align(2 * _key_tile(K) + _HEAD_TILE + CHUNK * self.columns * 2, 128)
+        head_tile = 2 * 16 * 512 + 3 * CHUNK * 4 if self.warpgroups else _HEAD_TILE
+        stage = _align(2 * _key_tile(K) + head_tile + CHUNK * self.columns * 2, 128)
         exchange = self.threads // 32 * 2 * 6144 if self.split == 2 else 0
         return _align(self.stages * (stage + 8), 16) + exchange
 
@@ -51,6 +53,7 @@ class Device(NamedTuple):
 
     multiprocessors: int
     shared: int  # bytes a block may have
+    capability: int = 90  # 90 for 9.0
 
 
 class Plan:
@@ -161,12 +164,15 @@ def pick_tile(spec: Spec, batch_invariant: bool, device: Device) -> Tile | None:
     if spec.dtype == "float32" or spec.V % 16 or not spec.N * spec.HV:
         return None
     tiles = [
-        Tile(columns, split, stages)
+        tile
+        for warpgroups in (True, False)
         for columns in (128, 64, 32, 16)
         for split in (2, 1)
         for stages in (3, 2)
-        if spec.V % columns == 0 and _fits(Tile(columns, split, stages), spec.K, batch_invariant, device.shared)
+        if spec.V % columns == 0
+        and _fits(tile := Tile(columns, split, stages, warpgroups), spec.K, batch_invariant, device)
     ]
+    tiles = [tile for tile in tiles if tile.warpgroups == tiles[0].warpgroups]
     if not tiles:
         return None
     # The fewest blocks that still use the device; if none do, the most.
@@ -174,12 +180,14 @@ def pick_tile(spec: Spec, batch_invariant: bool, device: Device) -> Tile | None:
     return enough[0] if enough else next(tile for tile in tiles if tile.columns == tiles[-1].columns)
 
 
-def _fits(tile: Tile, K: int, batch_invariant: bool, shared: int) -> bool:
-    if tile.shared(K) > shared:
+def _fits(tile: Tile, K: int, batch_invariant: bool, device: Device) -> bool:
+    if tile.shared(K) > device.shared:
         return False
+    if tile.warpgroups:
+        return device.capability == 90 and tile.split == 1 and tile.columns >= 64 and K <= 128
     if K > 128 or batch_invariant:  # registers; bits
         return tile.split == 2 and tile.columns <= 64
-    return tile.split == (2 if tile.columns <= 32 else 1) or shared < 128 << 10
+    return tile.split == (2 if tile.columns <= 32 else 1) or device.shared < 128 << 10
 
 
 def specializations(spec: Spec, multiprocessors: int, shared: int) -> list[tuple[str, dict[str, _cuda_loader.Define]]]:
@@ -203,7 +211,7 @@ def _specialize(spec: Spec, tile: Tile, aligned: bool) -> list[tuple[str, dict[s
     return [
         ("chunk_prepare", shared | none | {"GDR_RAW_GATES": spec.gates == "raw", "GDR_L2NORM": spec.l2norm}),
         (
-            "chunk_state",
+            "chunk_state_sm90" if tile.warpgroups else "chunk_state",
             shared
             | {
                 "GDR_INITIAL": TYPES[spec.initial_dtype],
@@ -269,4 +277,8 @@ def _device(ordinal: int) -> Device:
     import cupy
 
     attributes = cupy.cuda.Device(ordinal).attributes
-    return Device(int(attributes["MultiProcessorCount"]), int(attributes["MaxSharedMemoryPerBlockOptin"]))
+    return Device(
+        int(attributes["MultiProcessorCount"]),
+        int(attributes["MaxSharedMemoryPerBlockOptin"]),
+        _cuda_loader.compute_capability(ordinal),
+    )

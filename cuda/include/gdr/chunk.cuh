@@ -70,18 +70,26 @@ struct Params {
 
 // ---- The workspace, in the order in which it lies in shared memory later.
 
-// K and Q of a chunk and key head: blocks of 16 tokens x 16 keys, by tokens first. The matrices of a block:
-// (tokens 0-7, keys 0-7), (0-7, 8-15), (8-15, 0-7), (8-15, 8-15).
-constexpr int kKeyTileBytes = kC * kKeys * 2;
-constexpr __host__ __device__ int key_block(int token_block, int key_block) {
-    return (token_block * kKeyBlocks + key_block) * kBlockBytes;
-}
+// Everything is made of 8 x 8 matrices with rows of 16 bytes, as ldmatrix and wgmma read them.
+constexpr int kMatrixBytes = 128;
 
-// T, P and decays of a chunk and value head. Of T and P, blocks (i, j) with j <= i: rows are tokens t of block i,
-// columns tokens s of block j. P's matrices lie as K's do; T's are transposed, in the order
-// (s 0-7, t 0-7), (s 8-15, t 0-7), (s 0-7, t 8-15), (s 8-15, t 8-15).
+// K and Q of a chunk and key head: matrices of 8 tokens x 8 keys, those of the same keys side by side.
+constexpr int kKeyTileBytes = kC * kKeys * 2;
+constexpr int kKeyStep = kC / 8 * kMatrixBytes;  // from 8 keys to the next 8
+constexpr __host__ __device__ int key_block(int token_block, int key_block) {
+    return key_block * 2 * kKeyStep + token_block * 2 * kMatrixBytes;
+}
+// A lane's offset in a block of 16 tokens x 16 keys whose matrices are read by tokens or by keys first.
+__device__ __forceinline__ u32 by_tokens(int lane) { return (lane & 8) * 16 + (lane & 16) * (kKeyStep / 16) + (lane & 7) * 16; }
+__device__ __forceinline__ u32 by_keys(int lane) { return (lane & 8) * (kKeyStep / 8) + (lane & 16) * 8 + (lane & 7) * 16; }
+
+// T, P and decays of a chunk and value head. Of T and P, blocks (i, j) with j <= i, column after column: rows are
+// tokens t of block i, columns tokens s of block j. The matrices of a block of P: (t 0-7, s 0-7), (t 0-7, s 8-15),
+// (t 8-15, s 0-7), (t 8-15, s 8-15). T's are in the same order, transposed.
 constexpr int kLowerBlocks = kRows * (kRows + 1) / 2;
-constexpr __host__ __device__ int lower_block(int i, int j) { return (i * (i + 1) / 2 + j) * kBlockBytes; }
+constexpr __host__ __device__ int lower_block(int i, int j) {
+    return (j * (2 * kRows + 1 - j) / 2 + i - j) * kBlockBytes;
+}
 
 struct alignas(128) HeadTile {
     char T[kLowerBlocks * kBlockBytes], P[kLowerBlocks * kBlockBytes];
@@ -127,6 +135,7 @@ __device__ __forceinline__ int find_owner(const Params& p, int chunk) {
     if constexpr (!kVarlen) {
         return chunk / static_cast<int>((p.T + kC - 1) / kC);
     } else {
+        if (p.N == 1) return 0;
         const int lane = threadIdx.x % 32;
         int low = 0, high = p.N;  // the answer is in [low, high), or there is none
         while (high > low) {

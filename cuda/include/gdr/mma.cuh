@@ -78,9 +78,8 @@ __device__ __forceinline__ u32 transpose(u32 x) {
     return x;
 }
 
-// A lane's offset in a block whose four matrices are read in order, or with the middle two swapped.
+// A lane's offset in a block whose four matrices are read in order.
 __device__ __forceinline__ u32 in_order(int lane) { return lane * 16; }
-__device__ __forceinline__ u32 swapped(int lane) { return (lane & 8) * 32 + (lane & 16) * 8 + (lane & 7) * 16; }
 
 // 2 ** x to 2 ulp.
 __device__ __forceinline__ float exp2_fast(float x) {
