@@ -17,9 +17,9 @@ namespace {
 
 constexpr int kLanes = GDR_LANES, kWarps = GDR_WARPS, kThreads = 32 * kWarps;
 constexpr int kSplits = 32, kSteps = ceil_div(kK, kSplits);
-constexpr int kWarpRows = 32 / kLanes;                        // splits side by side in a warp
-constexpr int kLaneSplits = kSplits / (kWarps * kWarpRows);   // splits of one thread
-constexpr int kColumns = kLanes * kChunk;                     // columns of a block
+constexpr int kWarpRows = 32 / kLanes;                       // splits side by side in a warp
+constexpr int kLaneSplits = kSplits / (kWarps * kWarpRows);  // splits of one thread
+constexpr int kColumns = kLanes * kChunk;                    // columns of a block
 static_assert(kLaneSplits >= 1 && kColumns <= kThreads);
 
 constexpr int kTokenLanes = 16;
@@ -54,14 +54,15 @@ struct Tile {
     __device__ __forceinline__ int valid(int m, int i) const {
         return kK == kSplits * kSteps || row(m, i) < kK ? valid_columns : 0;
     }
-    __device__ __forceinline__ i64 index(int m, int i, i64 stride) const {
-        return row(m, i) * (kDenseStates ? kV : stride) + column;
+    template <int kType>
+    __device__ __forceinline__ i64 offset(int m, int i, i64 row_stride) const {
+        return state_offset<kType, kV>(row_stride, i64{split} * kSteps + m * (kWarpRows * kSteps) + i, column);
     }
-    __device__ __forceinline__ void load(const void* state, i64 stride) {
+    __device__ __forceinline__ void load(const char* state, i64 row_stride) {
 #pragma unroll
         for (int m = 0; m < kLaneSplits; ++m)
 #pragma unroll
-            for (int i = 0; i < kSteps; ++i) chunks[m][i].load(state, index(m, i, stride), valid(m, i));
+            for (int i = 0; i < kSteps; ++i) chunks[m][i].load(state + offset<kInitial>(m, i, row_stride), valid(m, i));
     }
     __device__ __forceinline__ void open() {
 #pragma unroll
@@ -69,11 +70,11 @@ struct Tile {
 #pragma unroll
             for (int i = 0; i < kSteps; ++i) chunks[m][i].open();
     }
-    __device__ __forceinline__ void store(void* state, i64 stride) {
+    __device__ __forceinline__ void store(char* state, i64 row_stride) {
 #pragma unroll
         for (int m = 0; m < kLaneSplits; ++m)
 #pragma unroll
-            for (int i = 0; i < kSteps; ++i) chunks[m][i].store(state, index(m, i, stride), valid(m, i));
+            for (int i = 0; i < kSteps; ++i) chunks[m][i].store(state + offset<kFinal>(m, i, row_stride), valid(m, i));
     }
 
     // This thread's part of the products of split m: columns with k, then columns with q.
@@ -139,29 +140,30 @@ extern "C" __global__ void __launch_bounds__(kThreads, GDR_MIN_BLOCKS)
 
     const Rows rows(p, block.n);
     const Span span = find_span(p, block.n);
-    Loader loader;
-    if (span.length > 0) loader.load(p, block, span, 0, first_column);
+    Loader tokens_now;
+    if (span.length > 0) tokens_now.load(p, block, span, 0, first_column);
     const Work work(p, rows, block.hv);
     if (work.padding) return write_zeros(p, span, block.hv, first_column, min(first_column + kColumns, kV));
     if (work.nothing_to_do(span)) return;
     tile.load(work.read, p.initial_strides.row);
-    if (span.length > 0) loader.store(p, tokens);
+    if (span.length > 0) tokens_now.store(p, tokens);
     tile.open();
 
     // Thread t finishes column t.
     const bool finishes = threadIdx.x < kColumns && first_column + threadIdx.x < kV;
 #pragma unroll 1
-    for (i64 first = 0; first < span.length; first += kTokens) {
+    for (u32 first = 0; first < span.length; first += kTokens) {
         if (first > 0) {
+            Loader loader;
             loader.load(p, block, span, first, first_column);
             __syncthreads();
             loader.store(p, tokens);
         }
         __syncthreads();
-        const int count = static_cast<int>(min(span.length - first, static_cast<i64>(kTokens)));
-        char* out = at(p.out, kQkv, offset_of(p.out_strides, span, first, block.hv) + first_column + threadIdx.x);
+        const u32 count = min(span.length - first, static_cast<u32>(kTokens));
+        char* out = row_of(p.out, p.out_strides, span, first, block.hv);
 #pragma unroll 1
-        for (int t = 0; t < count; ++t) {
+        for (u32 t = 0; t < count; ++t) {
             float x[2 * kChunk];
             tile.sum_products(0, tokens, t, x);
             constexpr int kLeft = 2 * kChunk / kWarpRows;  // sums that a lane is left with
@@ -177,7 +179,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, GDR_MIN_BLOCKS)
                 const float hk = sum_warps(exchange, 0, threadIdx.x), hq = sum_warps(exchange, 1, threadIdx.x);
                 const float u = s.u(hk, tokens.v[t][threadIdx.x]);
                 reinterpret_cast<float*>(exchange.u)[threadIdx.x] = s.k_scale * u;
-                store<kQkv>(out, t * p.out_strides.token, s.o(hq, u));
+                store<kQkv>(out, first_column + threadIdx.x, s.o(hq, u));
             }
             __syncthreads();
             float u[kChunk];
@@ -187,6 +189,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, GDR_MIN_BLOCKS)
                 u[e] = four.x, u[e + 1] = four.y, u[e + 2] = four.z, u[e + 3] = four.w;
             }
             tile.update(tokens, t, u, s.decay);
+            out += p.out_strides.token;
         }
     }
     tile.store(work.write, p.final_strides.row);

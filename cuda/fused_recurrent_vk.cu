@@ -9,6 +9,8 @@
 //   GDR_ROWS          rows a lane works on at a time
 //   GDR_WARPS         warps of a block
 //   GDR_MIN_BLOCKS    blocks a multiprocessor should hold
+//   GDR_ALONE         one token, few blocks: every warp makes the token ready for itself, which takes the least time
+//                     where processors would be idle otherwise; else the block shares tokens that it makes ready once
 #include "gdr/recurrent.cuh"
 
 using namespace gdr;
@@ -23,10 +25,13 @@ constexpr int lanes_for(int chunks) {
 
 constexpr int kLanes = lanes_for(ceil_div(kK, kChunk));
 constexpr int kLaneRows = GDR_ROWS, kWarps = GDR_WARPS, kThreads = 32 * kWarps;
-constexpr int kWarpRows = 32 / kLanes;                      // rows that a warp holds side by side
-constexpr int kRows = kWarps * kLaneRows * kWarpRows;       // rows of a block
-constexpr int kSharers = kLanes / kLaneRows;                // lanes that end up with the same sum
+constexpr int kWarpRows = 32 / kLanes;                 // rows that a warp holds side by side
+constexpr int kRows = kWarps * kLaneRows * kWarpRows;  // rows of a block
+constexpr int kSharers = kLanes / kLaneRows;           // lanes that end up with the same sum
 static_assert(kLaneRows <= kLanes && kLanes % kLaneRows == 0);
+
+constexpr bool kAlone = GDR_ALONE;
+static_assert(kOneToken || !kAlone);
 
 using LaneToken = Token<kLanes, kChunk>;
 using Tokens = TokenBlock<kThreads, kLanes, kChunk, kRows>;
@@ -43,14 +48,16 @@ struct Tile {
         const int left = LaneToken::kWhole ? kChunk : kK - (j * kLanes + part) * kChunk;
         return kV % kRows == 0 || row + r * kWarpRows < kV ? left : 0;
     }
-    __device__ __forceinline__ i64 index(int r, int j, i64 stride) const {
-        return (row + r * kWarpRows) * (kDenseStates ? kK : stride) + (j * kLanes + part) * kChunk;
+    template <int kType>
+    __device__ __forceinline__ i64 offset(int r, int j, i64 row_stride) const {
+        return state_offset<kType, kK>(row_stride, i64{row} + r * kWarpRows, (i64{part} + j * kLanes) * kChunk);
     }
-    __device__ __forceinline__ void load(const void* state, i64 stride) {
+    __device__ __forceinline__ void load(const char* state, i64 row_stride) {
 #pragma unroll
         for (int r = 0; r < kLaneRows; ++r)
 #pragma unroll
-            for (int j = 0; j < kChunks; ++j) chunks[r][j].load(state, index(r, j, stride), valid(r, j));
+            for (int j = 0; j < kChunks; ++j)
+                chunks[r][j].load(state + offset<kInitial>(r, j, row_stride), valid(r, j));
     }
     __device__ __forceinline__ void open() {
 #pragma unroll
@@ -58,15 +65,15 @@ struct Tile {
 #pragma unroll
             for (int j = 0; j < kChunks; ++j) chunks[r][j].open();
     }
-    __device__ __forceinline__ void store(void* state, i64 stride) {
+    __device__ __forceinline__ void store(char* state, i64 row_stride) {
 #pragma unroll
         for (int r = 0; r < kLaneRows; ++r)
 #pragma unroll
-            for (int j = 0; j < kChunks; ++j) chunks[r][j].store(state, index(r, j, stride), valid(r, j));
+            for (int j = 0; j < kChunks; ++j) chunks[r][j].store(state + offset<kFinal>(r, j, row_stride), valid(r, j));
     }
 
-    // One token. `v` is the value of the row whose sums this lane ends up with; the row's output is returned.
-    __device__ __forceinline__ float step(const LaneToken& token, const Scalars& s, float v, int lane) {
+    // The products of the rows with k and q: the sums of row `own`, which it shares with kSharers - 1 other lanes.
+    __device__ __forceinline__ void products(const LaneToken& token, int lane, float& own_k, float& own_q) {
         float hk[kLaneRows], hq[kLaneRows];
 #pragma unroll
         for (int r = 0; r < kLaneRows; ++r) {
@@ -84,7 +91,11 @@ struct Tile {
         }
         sum_transposed<kLaneRows, kLanes / 2, 1>(hk, lane);
         sum_transposed<kLaneRows, kLanes / 2, 1>(hq, lane);
-        const float u = s.u(hk[0], v), scaled_u = s.k_scale * u;
+        own_k = hk[0], own_q = hq[0];
+    }
+
+    // Decays the rows and adds k (scaled_u)^T; each lane brings what belongs to its own row.
+    __device__ __forceinline__ void update(const LaneToken& token, float decay, float scaled_u, int lane) {
 #pragma unroll
         for (int r = 0; r < kLaneRows; ++r) {
             const float row_u = __shfl_sync(0xffffffffu, scaled_u, lane - part + r * kSharers);
@@ -93,11 +104,10 @@ struct Tile {
                 float h[kChunk];
                 chunks[r][j].get(h);
 #pragma unroll
-                for (int i = 0; i < kChunk; ++i) h[i] = fmaf(token.k[j * kChunk + i], row_u, s.decay * h[i]);
+                for (int i = 0; i < kChunk; ++i) h[i] = fmaf(token.k[j * kChunk + i], row_u, decay * h[i]);
                 chunks[r][j].set(h);
             }
         }
-        return s.o(hq[0], u);
     }
 };
 
@@ -116,47 +126,56 @@ extern "C" __global__ void __launch_bounds__(kThreads, GDR_MIN_BLOCKS)
 
     const Rows rows(p, block.n);
     const Span span = find_span(p, block.n);
-    if constexpr (kOneToken) {
+    float hk, hq;
+    if constexpr (kAlone) {
         LaneToken::Words words;
         GateBits gates;
         u32 value = 0;
         words.load(p, span, 0, block.h, tile.part);
         gates.load(p, span, 0, block.hv);
-        if (own < kV) value = load_bits(kQkv, p.v, offset_of(p.v_strides, span, 0, block.hv) + own);
+        if (own < kV) value = load_bits(kQkv, row_of(p.v, p.v_strides, span, 0, block.hv), own);
         const Work work(p, rows, block.hv);
         if (work.padding) return write_zeros(p, span, block.hv, first_row, min(first_row + kRows, kV));
         tile.load(work.read, p.initial_strides.row);
         const LaneToken token(words);
         const Scalars s = token.scalars(p.scale, gates.decay(p), gates.beta(p));
         tile.open();
-        const float o = tile.step(token, s, value_of(kQkv, value), lane);
+        tile.products(token, lane, hk, hq);
+        const float u = s.u(hk, value_of(kQkv, value));
+        tile.update(token, s.decay, s.k_scale * u, lane);
         tile.store(work.write, p.final_strides.row);
-        if (writes) store<kQkv>(p.out, offset_of(p.out_strides, span, 0, block.hv) + own, o);
+        if (writes) store<kQkv>(row_of(p.out, p.out_strides, span, 0, block.hv), own, s.o(hq, u));
     } else {
         __shared__ Tokens tokens;
-        Loader loader;
-        if (span.length > 0) loader.load(p, block, span, 0, first_row);
+        Loader tokens_now;
+        if (span.length > 0) tokens_now.load(p, block, span, 0, first_row);
         const Work work(p, rows, block.hv);
         if (work.padding) return write_zeros(p, span, block.hv, first_row, min(first_row + kRows, kV));
         if (work.nothing_to_do(span)) return;
         tile.load(work.read, p.initial_strides.row);
-        if (span.length > 0) loader.store(p, tokens);
+        if (span.length > 0) tokens_now.store(p, tokens);
         tile.open();
+
 #pragma unroll 1
-        for (i64 first = 0; first < span.length; first += kTokens) {
+        for (u32 first = 0; first < span.length; first += kTokens) {
             if (first > 0) {
+                Loader loader;
                 loader.load(p, block, span, first, first_row);
                 __syncthreads();
                 loader.store(p, tokens);
             }
             __syncthreads();
-            const int count = static_cast<int>(min(span.length - first, static_cast<i64>(kTokens)));
-            char* out = at(p.out, kQkv, offset_of(p.out_strides, span, first, block.hv) + own);
+            const u32 count = min(span.length - first, static_cast<u32>(kTokens));
+            char* out = row_of(p.out, p.out_strides, span, first, block.hv);
 #pragma unroll 1
-            for (int t = 0; t < count; ++t) {
-                const float v = tokens.v[t][own - first_row];
-                const float o = tile.step(tokens.read(t, tile.part), tokens.scalars[t], v, lane);
-                if (writes) store<kQkv>(out, t * p.out_strides.token, o);
+            for (u32 t = 0; t < count; ++t) {
+                const LaneToken token = tokens.read(t, tile.part);
+                const Scalars s = tokens.scalars[t];
+                tile.products(token, lane, hk, hq);
+                const float u = s.u(hk, tokens.v[t][own - first_row]);
+                tile.update(token, s.decay, s.k_scale * u, lane);
+                if (writes) store<kQkv>(out, own, s.o(hq, u));
+                out += p.out_strides.token;
             }
         }
         tile.store(work.write, p.final_strides.row);

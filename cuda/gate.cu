@@ -18,7 +18,7 @@ struct Params {
     Strides a_strides, b_strides;
     i64 A_log_stride, dt_bias_stride;
     int A_log_type, dt_bias_type, a_type, b_type;
-    float softplus_beta, softplus_threshold;
+    float softplus_beta, one_over_softplus_beta, softplus_threshold;
 };
 
 __device__ __forceinline__ float read(int dtype, const void* base, i64 index) {
@@ -35,7 +35,7 @@ extern "C" __global__ void __launch_bounds__(256) gate(const __grid_constant__ P
         const float b = read(p.b_type, p.b, n * p.b_strides.batch + t * p.b_strides.token + hv * p.b_strides.head);
         const float A_log = read(p.A_log_type, p.A_log, hv * p.A_log_stride);
         const float dt_bias = read(p.dt_bias_type, p.dt_bias, hv * p.dt_bias_stride);
-        p.g[i] = log_decay(A_log, a, dt_bias, p.softplus_beta, p.softplus_threshold);
+        p.g[i] = log_decay(A_log, a, dt_bias, p.softplus_beta, p.one_over_softplus_beta, p.softplus_threshold);
         p.beta[i] = sigmoid(b);
     }
 }

@@ -5,20 +5,36 @@ The tile never shows in the bits of a result: the kernels add up in one order wh
 
 from __future__ import annotations
 
+import struct
+from collections.abc import Callable
 from functools import cache
-from typing import NamedTuple
+from operator import attrgetter
+from typing import Any, NamedTuple
 
 from gdr import _arrays, _cuda_loader
 from gdr._inputs import Call
-from gdr._spec import Spec
+from gdr._spec import OPERANDS, Spec
 
 TYPES = {None: -1, "float32": 0, "float16": 1, "bfloat16": 2}
 SIZES = {"float32": 4, "float16": 2, "bfloat16": 2}
 _LARGEST_GRID = 65535  # along y and z
 
-# The C struct Params of recurrent.cuh: pointers; scalars and the first sequence; then what a Spec fixes.
-_params = _cuda_loader.Params("13Q 3fi 18q 6q 5q 5i")
-PARAMS = {"fused_recurrent_kv": _params, "fused_recurrent_vk": _params}
+# The C struct Params of recurrent.cuh: pointers, scalars and the first sequence of a launch; then what a Spec fixes.
+_HEAD = struct.Struct("13Q 4f I")
+_LAYOUT = _HEAD.format + "18q 6q 5q I 4i"
+PARAMS = dict.fromkeys(("fused_recurrent_kv", "fused_recurrent_vk"), _cuda_loader.Params(_LAYOUT))
+
+
+class Arguments(_cuda_loader.Params):
+    """Params of which everything but the head is filled in once (in every thread)."""
+
+    def __init__(self, fixed: tuple[int, ...]) -> None:
+        super().__init__(_LAYOUT)
+        self.pack(*[0] * 18, *fixed)
+
+    def pack_head(self, *values: float) -> None:
+        """Fill in what differs from call to call."""
+        _HEAD.pack_into(self.buffer, 0, *values)
 
 
 class Tile(NamedTuple):
@@ -48,10 +64,11 @@ class Launch(NamedTuple):
 class Plan:
     """What every call with one `Spec` shares."""
 
-    def __init__(self, spec: Spec) -> None:
-        self.spec = spec
-        self.raw = spec.gates == "raw"
-        self.fixed = _fixed(spec)
+    def __init__(self, call: Call) -> None:
+        self.spec = call.spec
+        self.raw = self.spec.gates == "raw"
+        self.pointer = _pointer_of(call)
+        self.arguments = Arguments(_fixed(self.spec))
         self.launches: dict[tuple[bool, bool, bool], Launch] = {}
 
     def launch(self, variant: tuple[bool, bool, bool]) -> Launch:
@@ -69,41 +86,27 @@ def run(call: Call) -> None:
     spec = call.spec
     plan = spec.plan.get("fused_recurrent")
     if plan is None:
-        plan = spec.plan["fused_recurrent"] = Plan(spec)
-    pointer = _arrays.pointer
-    q, k = pointer(call.q), pointer(call.k)
+        plan = spec.plan["fused_recurrent"] = Plan(call)
+    pointer, arguments = plan.pointer, plan.arguments
+    q, k, v, out = pointer(call.q), pointer(call.k), pointer(call.v), pointer(call.out)
+    if plan.raw:
+        gates = (pointer(call.A_log), pointer(call.dt_bias), pointer(call.a), pointer(call.b))
+    else:
+        gates = (0, 0, pointer(call.g), pointer(call.beta))
     initial = 0 if call.initial_state is None else pointer(call.initial_state)
     final = 0 if call.final_state is None else pointer(call.final_state)
-    a, b = (call.a, call.b) if plan.raw else (call.g, call.beta)
-    initial_slots = 0 if call.initial_slots is None else pointer(call.initial_slots)
-    final_slots = 0 if call.final_slots is None else pointer(call.final_slots)
-    in_place = call.final_state is call.initial_state and final_slots == initial_slots
+    read = 0 if call.initial_slots is None else pointer(call.initial_slots)
+    written = 0 if call.final_slots is None else pointer(call.final_slots)
+    cu_seqlens = 0 if call.cu_seqlens is None else pointer(call.cu_seqlens)
+    in_place = call.final_state is call.initial_state and read == written
     variant = (not (q | k) & 15, not (initial | final) & 15, in_place)
     launch = plan.launches.get(variant) or plan.launch(variant)
+    scalars = (call.scale, call.softplus_beta, 1 / call.softplus_beta, call.softplus_threshold)
     stream = call.stream
     for first in range(0, spec.N, _LARGEST_GRID):
-        _params.pack(
-            q,
-            k,
-            pointer(call.v),
-            pointer(call.out),
-            pointer(call.A_log) if plan.raw else 0,
-            pointer(call.dt_bias) if plan.raw else 0,
-            pointer(a),
-            pointer(b),
-            initial,
-            initial_slots,
-            final,
-            final_slots,
-            0 if call.cu_seqlens is None else pointer(call.cu_seqlens),
-            call.scale,
-            call.softplus_beta,
-            call.softplus_threshold,
-            first,
-            *plan.fixed,
-        )
+        arguments.pack_head(q, k, v, out, *gates, initial, read, final, written, cu_seqlens, *scalars, first)
         grid = (launch.blocks, spec.H, min(spec.N - first, _LARGEST_GRID))
-        launch.kernel.launch(grid, launch.block, _params, stream)
+        launch.kernel.launch(grid, launch.block, arguments, stream)
 
 
 def specializations(spec: Spec, multiprocessors: int, shared: int) -> list[tuple[str, dict[str, _cuda_loader.Define]]]:
@@ -129,7 +132,7 @@ def _specialize(spec: Spec, tile: Tile, variant: Variant) -> tuple[str, dict[str
         "GDR_V": spec.V,
         "GDR_RAW_GATES": spec.gates == "raw",
         "GDR_L2NORM": spec.l2norm,
-        "GDR_ONE_TOKEN": spec.T == 1 and not spec.varlen,
+        "GDR_ONE_TOKEN": _one_token(spec),
         "GDR_CU_SEQLENS": _index_bytes(spec, "cu_seqlens"),
         "GDR_INITIAL_SLOTS": _index_bytes(spec, "initial_slots"),
         "GDR_FINAL_SLOTS": 0 if variant.in_place else _index_bytes(spec, "final_slots"),
@@ -145,34 +148,41 @@ def _specialize(spec: Spec, tile: Tile, variant: Variant) -> tuple[str, dict[str
 def pick_tile(spec: Spec, multiprocessors: int) -> Tile:
     """Choose how many value columns a block owns: few where the batch is small, to use every multiprocessor."""
     pick = _pick_vk if spec.layout == "vk" else _pick_kv
-    return pick(spec.K, spec.V, _chunk(spec), spec.N * spec.HV, multiprocessors)
+    tile = pick(spec.K, spec.V, _chunk(spec), SIZES[spec.dtype], spec.N * spec.HV, multiprocessors)
+    if spec.layout == "vk":
+        blocks = spec.N * spec.HV * -(-spec.V // tile.columns)
+        tile.defines["GDR_ALONE"] = _one_token(spec) and blocks <= multiprocessors
+    return tile
 
 
-def _pick_vk(K: int, V: int, chunk: int, heads: int, multiprocessors: int) -> Tile:
+def _pick_vk(K: int, V: int, chunk: int, size: int, heads: int, multiprocessors: int) -> Tile:
     lanes = min(16, _power_of_two(-(-K // chunk)))
     share = -(-K // (lanes * chunk)) * chunk  # elements of a row that a lane holds
     warps, warp_rows = 4, 32 // lanes
     rows = min(lanes, 1 << ((64 // share).bit_length() - 1))  # a power of two
     while rows > 1 and (
-        warps * rows * warp_rows >= 2 * V or heads * -(-V // (warps * rows * warp_rows)) < 3 * multiprocessors
+        warps * rows * warp_rows >= 2 * V
+        or (rows > 2 and heads * -(-V // (warps * rows * warp_rows)) < 3 * multiprocessors)
     ):
         rows //= 2
     held = (rows + 2) * share  # the state's elements, and k and q
-    min_blocks = 4 if held > 48 else 6 if held > 32 else 8
+    min_blocks = (4 if size == 2 else 3) if held > 48 else 5 if held > 32 else 6
     defines: dict[str, _cuda_loader.Define] = {"GDR_ROWS": rows, "GDR_WARPS": warps, "GDR_MIN_BLOCKS": min_blocks}
     return Tile(defines, 32 * warps, warps * rows * warp_rows)
 
 
-def _pick_kv(K: int, V: int, chunk: int, heads: int, multiprocessors: int) -> Tile:
+def _pick_kv(K: int, V: int, chunk: int, size: int, heads: int, multiprocessors: int) -> Tile:
     warps = 8 if K <= 128 else 16
     held = -(-K // 32) * 32 * chunk // warps  # elements of the state that a thread holds, times 32 / lanes
     lanes = 32
     while lanes > warps and (
-        held * lanes // 32 > 64 or lanes * chunk >= 2 * V or heads * -(-V // (lanes * chunk)) < multiprocessors
+        held * lanes // 32 > (64 if size == 2 else 32)
+        or lanes * chunk >= 2 * V
+        or heads * -(-V // (lanes * chunk)) < multiprocessors
     ):
         lanes //= 2
     held = held * lanes // 32
-    min_blocks = (2 if held > 32 else 3 if held > 16 else 4) * 8 // warps
+    min_blocks = (2 if held > 16 else 3) * 8 // warps
     defines: dict[str, _cuda_loader.Define] = {"GDR_LANES": lanes, "GDR_WARPS": warps, "GDR_MIN_BLOCKS": min_blocks}
     return Tile(defines, 32 * warps, lanes * chunk)
 
@@ -184,6 +194,10 @@ def _power_of_two(n: int) -> int:
 def _chunk(spec: Spec) -> int:
     """Elements of a state that move at once."""
     return 16 // SIZES[spec.initial_dtype or spec.final_dtype or "float32"]
+
+
+def _one_token(spec: Spec) -> bool:
+    return spec.T == 1 and not spec.varlen
 
 
 def _index_bytes(spec: Spec, name: str) -> int:
@@ -198,18 +212,31 @@ def _whole_chunks(spec: Spec, name: str, chunk: int) -> bool:
 
 
 def _fixed(spec: Spec) -> tuple[int, ...]:
-    """The fields of Params that a Spec fixes, in order."""
+    """The fields of Params that a Spec fixes, in order; strides in bytes."""
+
+    def strides(name: str, count: int) -> list[int]:
+        steps = spec.strides.get(name, (0,) * count)[:count]
+        return [step * SIZES.get(spec.dtypes.get(name, ""), 0) for step in steps]
+
     a, b = ("a", "b") if spec.gates == "raw" else ("g", "beta")
-    strides = [spec.strides[name][:3] for name in ("q", "k", "v", "out", a, b)]
-    strides += [spec.strides.get(name, (0, 0, 0))[:3] for name in ("initial_state", "final_state")]
+    states = ("initial_state", "final_state")
     return (
-        *(step for steps in strides for step in steps),
-        *(spec.strides.get(name, (0,))[0] for name in ("A_log", "dt_bias")),
-        *(spec.shapes.get(name, (0,))[0] for name in ("initial_state", "final_state")),
+        *(step for name in ("q", "k", "v", "out", a, b, *states) for step in strides(name, 3)),
+        *(step for name in ("A_log", "dt_bias") for step in strides(name, 1)),
+        *(spec.shapes.get(name, (0,))[0] for name in states),
         spec.T,
         spec.HV // spec.H,
         *(TYPES[spec.dtypes.get(name)] for name in ("A_log", "dt_bias", a, b)),
     )
+
+
+def _pointer_of(call: Call) -> Callable[[Any], int]:
+    """The quickest way to the pointers of a call's arrays, which all calls with its `Spec` can take."""
+    operands = [getattr(call, name) for name in OPERANDS]
+    libraries = {type(x).__module__.partition(".")[0] for x in operands if x is not None}
+    if libraries == {"torch"}:
+        return type(call.q).data_ptr
+    return attrgetter("data.ptr") if libraries == {"cupy"} else _arrays.pointer
 
 
 @cache

@@ -9,7 +9,7 @@ from gdr._spec import Spec
 
 _THREADS = 256
 _MAX_BLOCKS = 4096  # a thread then takes several elements
-_params = _cuda_loader.Params("6Q 3q 6q 2q 4i 2f")
+_params = _cuda_loader.Params("6Q 3q 6q 2q 4i 3f")
 PARAMS = {"gate": _params}
 
 
@@ -30,6 +30,7 @@ def run(call: Call) -> None:
         spec.strides["dt_bias"][0],
         *(TYPES[spec.dtypes[name]] for name in ("A_log", "dt_bias", "a", "b")),
         call.softplus_beta,
+        1 / call.softplus_beta,
         call.softplus_threshold,
     )
     kernel = _cuda_loader.load("gate", {}, int(spec.device))

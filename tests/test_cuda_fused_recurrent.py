@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 
 import gdr
-from gdr import _cuda_fused_recurrent as launcher
 from gdr import _cuda_loader as loader
 from gdr.testing import Inputs, assert_close, make_inputs, relative_rms, to_library, to_numpy
 
@@ -173,11 +172,6 @@ def test_strides_and_alignment_do_not_show(layout: str, state_dtype: str, T: int
         assert got[0] is out
         same_bits(cupy.ascontiguousarray(got[0]), want[0])
         same_bits(cupy.ascontiguousarray(got[1]), want[1])
-
-
-def tiles(layout: str, K: int, V: int, chunk: int) -> set:
-    pick = {"vk": launcher._pick_vk, "kv": launcher._pick_kv}[layout]
-    return {tuple(sorted(pick(K, V, chunk, 1 << heads, 132).defines.items())) for heads in range(14)}
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

@@ -53,7 +53,8 @@ __device__ __forceinline__ void store_chunk(void* base, i64 index, int valid, u3
             *reinterpret_cast<uint2*>(to) = make_uint2(words[0], words[1]);
         } else {
 #pragma unroll
-            for (int i = 0; i < kWords; i += 4) ptx::store_streaming(to + i * 4, *reinterpret_cast<u32(*)[4]>(words + i));
+            for (int i = 0; i < kWords; i += 4)
+                ptx::store_streaming(to + i * 4, *reinterpret_cast<u32(*)[4]>(words + i));
         }
     } else {
 #pragma unroll

@@ -46,110 +46,110 @@ struct StateStrides {
 };
 
 struct Params {
-    const void *q, *k, *v;
-    void* out;
-    const void *A_log, *dt_bias;
-    const void *a, *b;  // g and beta where the gates are given
-    const void *initial_state, *initial_slots;
-    void* final_state;
-    const void *final_slots, *cu_seqlens;
-    float scale, softplus_beta, softplus_threshold;
-    int first_sequence;  // of this launch
-    // What follows depends on the arrays' shapes and strides alone (strides count elements).
+    const char *q, *k, *v;
+    char* out;
+    const char *A_log, *dt_bias;
+    const char *a, *b;  // g and beta where the gates are given
+    const char *initial_state, *initial_slots;
+    char* final_state;
+    const char *final_slots, *cu_seqlens;
+    float scale, softplus_beta, one_over_softplus_beta, softplus_threshold;
+    u32 first_sequence;  // of this launch
+    // What follows depends on the arrays' shapes and strides alone. Strides are in bytes.
     TokenStrides q_strides, k_strides, v_strides, out_strides, a_strides, b_strides;
     StateStrides initial_strides, final_strides;
     i64 A_log_stride, dt_bias_stride;
     i64 initial_rows, final_rows;  // extents of the state arrays
     i64 T;
-    int group;  // value heads of a key head
+    u32 group;  // value heads of a key head
     int A_log_type, dt_bias_type, a_type, b_type;
 };
 
 // Element n of an array of indices of kBytes each, or n itself without an array. It is on its way until value().
 template <int kBytes>
 class Index {
-    i64 n_;
-    u32 words_[2];
+    u32 n_, words_[2];
 
   public:
-    __device__ __forceinline__ Index(const void* base, i64 n) : n_(n) {
-        const char* from = static_cast<const char*>(base) + n * kBytes;
+    __device__ __forceinline__ Index(const char* base, u32 n) : n_(n) {
+        const char* from = base + i64{n} * kBytes;
         if constexpr (kBytes == 4) words_[0] = ptx::load4(from);
         if constexpr (kBytes == 8) words_[0] = ptx::load4(from), words_[1] = ptx::load4(from + 4);
     }
     __device__ __forceinline__ i64 value() const {
         if constexpr (kBytes == 4) return static_cast<int>(words_[0]);
-        if constexpr (kBytes == 8) return static_cast<i64>(static_cast<unsigned long long>(words_[1]) << 32 | words_[0]);
+        if constexpr (kBytes == 8)
+            return static_cast<i64>(static_cast<unsigned long long>(words_[1]) << 32 | words_[0]);
         return n_;
     }
 };
 
 // Tokens [first, first + length) of one batch row.
 struct Span {
-    i64 batch, first, length;
+    u32 batch, first, length;
 };
 
-__device__ __forceinline__ Span find_span(const Params& p, i64 n) {
-    if constexpr (kCuSeqlens == 0) return {n, 0, kOneToken ? 1 : p.T};
+__device__ __forceinline__ Span find_span(const Params& p, u32 n) {
+    if constexpr (kCuSeqlens == 0) return {n, 0, kOneToken ? 1 : static_cast<u32>(p.T)};
     const Index<kCuSeqlens> begin(p.cu_seqlens, n), end(p.cu_seqlens, n + 1);
     // Whatever the offsets are, no token outside the arrays is touched.
     const i64 first = max(begin.value(), 0ll), last = min(end.value(), p.T);
-    return {0, first, max(last - first, 0ll)};
+    return {0, static_cast<u32>(first), static_cast<u32>(max(last - first, 0ll))};
 }
 
-// The rows of the state arrays that a sequence reads and writes.
+// Where row `head` of token t of a span begins.
+template <class Bytes>
+__device__ __forceinline__ Bytes* row_of(Bytes* base, const TokenStrides& s, const Span& span, u32 t, u32 head) {
+    return base + span.batch * s.batch + (span.first + t) * s.token + head * s.head;
+}
+
+// The rows of the state arrays that a sequence reads and writes. Made first: the state waits for them.
 struct Rows {
     Index<kInitialSlots> read;
     Index<kInPlace ? 0 : kFinalSlots> write;
 
-    __device__ __forceinline__ Rows(const Params& p, i64 n) : read(p.initial_slots, n), write(p.final_slots, n) {
-        __syncwarp();
+    __device__ __forceinline__ Rows(const Params& p, u32 n) : read(p.initial_slots, n), write(p.final_slots, n) {
+        __syncwarp();  // keeps the compiler from putting other loads before these
     }
 };
 
 // Which part of the work a block does. Along x the grid has the blocks of one state, then the value heads of one key
 // head; along y the key heads, along z the sequences.
-template <int kBlocks>
+template <u32 kBlocks>
 struct Block {
-    i64 n;
-    int h, hv, slice;
+    u32 n, h, hv, slice;
 
     __device__ __forceinline__ explicit Block(const Params& p)
-        : n(p.first_sequence + static_cast<i64>(blockIdx.z)),
+        : n(p.first_sequence + blockIdx.z),
           h(blockIdx.y),
           hv(blockIdx.y * p.group + blockIdx.x / kBlocks),
           slice(blockIdx.x % kBlocks) {}
 };
 
 // A padded row's outputs are 0; its columns [first, last) belong to this block.
-__device__ __forceinline__ void write_zeros(const Params& p, const Span& span, int hv, int first, int last) {
-    for (i64 t = 0; t < span.length; ++t) {
-        const i64 row = span.batch * p.out_strides.batch + (span.first + t) * p.out_strides.token + hv * p.out_strides.head;
-        for (int i = first + threadIdx.x; i < last; i += blockDim.x) store<kQkv>(p.out, row + i, 0.f);
-    }
-}
-
-__device__ __forceinline__ i64 offset_of(const TokenStrides& s, const Span& span, i64 t, int head) {
-    return span.batch * s.batch + (span.first + t) * s.token + head * s.head;
+__device__ __forceinline__ void write_zeros(const Params& p, const Span& span, u32 hv, int first, int last) {
+    for (u32 t = 0; t < span.length; ++t)
+        for (int i = first + threadIdx.x; i < last; i += blockDim.x)
+            store<kQkv>(row_of(p.out, p.out_strides, span, t, hv), i, 0.f);
 }
 
 // Logits of a token, or its ready gates, as they are loaded.
 struct GateBits {
     u32 A_log, dt_bias, a, b;
 
-    __device__ __forceinline__ void load(const Params& p, const Span& span, i64 t, int hv) {
+    __device__ __forceinline__ void load(const Params& p, const Span& span, u32 t, u32 hv) {
         if constexpr (kRawGates) {
-            A_log = load_bits(p.A_log_type, p.A_log, hv * p.A_log_stride);
-            dt_bias = load_bits(p.dt_bias_type, p.dt_bias, hv * p.dt_bias_stride);
+            A_log = load_bits(p.A_log_type, p.A_log + hv * p.A_log_stride, 0);
+            dt_bias = load_bits(p.dt_bias_type, p.dt_bias + hv * p.dt_bias_stride, 0);
         }
-        a = load_bits(p.a_type, p.a, offset_of(p.a_strides, span, t, hv));
-        b = load_bits(p.b_type, p.b, offset_of(p.b_strides, span, t, hv));
+        a = load_bits(p.a_type, row_of(p.a, p.a_strides, span, t, hv), 0);
+        b = load_bits(p.b_type, row_of(p.b, p.b_strides, span, t, hv), 0);
     }
     __device__ __forceinline__ float decay(const Params& p) const {
         const float x = value_of(p.a_type, a);
         if constexpr (!kRawGates) return expf(x);
         const float rate = value_of(p.A_log_type, A_log), bias = value_of(p.dt_bias_type, dt_bias);
-        return expf(log_decay(rate, x, bias, p.softplus_beta, p.softplus_threshold));
+        return expf(log_decay(rate, x, bias, p.softplus_beta, p.one_over_softplus_beta, p.softplus_threshold));
     }
     __device__ __forceinline__ float beta(const Params& p) const {
         const float x = value_of(p.b_type, b);
@@ -172,7 +172,7 @@ struct alignas(32) Scalars {
 // A token's share of k and q in one of kLanes lanes: chunks of kSize elements, kLanes * kSize elements apart.
 template <int kLanes, int kSize>
 struct Token {
-    static constexpr int kChunks = ceil_div(kK, kLanes * kSize), kCount = kChunks * kSize;
+    static constexpr int kChunks = ceil_div(kK, kLanes* kSize), kCount = kChunks * kSize;
     static constexpr bool kWhole = kK % (kLanes * kSize) == 0;
     float k[kCount], q[kCount];
 
@@ -183,13 +183,13 @@ struct Token {
         friend Token;
 
       public:
-        __device__ __forceinline__ void load(const Params& p, const Span& span, i64 t, int h, int part) {
-            const i64 k_index = offset_of(p.k_strides, span, t, h), q_index = offset_of(p.q_strides, span, t, h);
+        __device__ __forceinline__ void load(const Params& p, const Span& span, u32 t, u32 h, int part) {
+            const char *k_row = row_of(p.k, p.k_strides, span, t, h), *q_row = row_of(p.q, p.q_strides, span, t, h);
 #pragma unroll
             for (int j = 0; j < kChunks; ++j) {
                 const int first = (j * kLanes + part) * kSize, valid = kWhole ? kSize : kK - first;
-                load_chunk<kQkv, kSize, kAlignedTokens>(p.k, k_index + first, valid, k_ + j * kWords);
-                load_chunk<kQkv, kSize, kAlignedTokens>(p.q, q_index + first, valid, q_ + j * kWords);
+                load_chunk<kQkv, kSize, kAlignedTokens>(k_row, first, valid, k_ + j * kWords);
+                load_chunk<kQkv, kSize, kAlignedTokens>(q_row, first, valid, q_ + j * kWords);
             }
         }
     };
@@ -201,20 +201,20 @@ struct Token {
     }
 
     __device__ __forceinline__ Scalars scalars(float scale, float decay, float beta) const {
-        float kk = 0.f, qq = 0.f, kq = 0.f;
+        float sums[3] = {0.f, 0.f, 0.f};  // k . q, k . k, q . q
 #pragma unroll
         for (int i = 0; i < kCount; ++i) {
-            kk = fmaf(k[i], k[i], kk);
-            qq = fmaf(q[i], q[i], qq);
-            kq = fmaf(k[i], q[i], kq);
+            sums[0] = fmaf(k[i], q[i], sums[0]);
+            sums[1] = fmaf(k[i], k[i], sums[1]);
+            sums[2] = fmaf(q[i], q[i], sums[2]);
         }
-        kq = sum_lanes<kLanes>(kq);
+        sum_lanes<kLanes>(sums);
         float k_scale = 1.f, q_scale = scale;
         if constexpr (kL2Norm) {
-            k_scale = __frsqrt_rn(sum_lanes<kLanes>(kk) + 1e-6f);
-            q_scale = __frsqrt_rn(sum_lanes<kLanes>(qq) + 1e-6f) * scale;
+            k_scale = rsqrtf(sums[1] + 1e-6f);
+            q_scale = rsqrtf(sums[2] + 1e-6f) * scale;
         }
-        return {decay, beta, k_scale, decay * k_scale, decay * q_scale, k_scale * q_scale * kq};
+        return {decay, beta, k_scale, decay * k_scale, decay * q_scale, k_scale * q_scale * sums[0]};
     }
 };
 
@@ -247,7 +247,8 @@ struct TokenBlock {
 
     // kCount elements of k or q from a multiple of kCount on, where they lie in order (kSize == 4).
     template <int kCount>
-    static __device__ __forceinline__ void read_rows(const float4 (&from)[kQuads][kLanes], int first, float (&x)[kCount]) {
+    static __device__ __forceinline__ void read_rows(const float4 (&from)[kQuads][kLanes], int first,
+                                                     float (&x)[kCount]) {
         static_assert(kSize == 4);
         const float* elements = reinterpret_cast<const float*>(from) + first;
         if constexpr (kCount % 4 == 0) {
@@ -269,29 +270,33 @@ template <int kThreads, int kLanes, int kSize, int kColumns>
 class TokenLoader {
     using Tokens = TokenBlock<kThreads, kLanes, kSize, kColumns>;
     using LaneToken = Token<kLanes, kSize>;
-    static constexpr int kAtOnce = kThreads / kLanes;            // tokens
-    static constexpr int kRowsAtOnce = kThreads / kColumns;      // of values
+    static constexpr int kAtOnce = kThreads / kLanes;        // tokens
+    static constexpr int kRowsAtOnce = kThreads / kColumns;  // of values
     typename LaneToken::Words words_[Tokens::kPasses];
     GateBits gates_[Tokens::kPasses];
     u32 values_[Tokens::kValues];
+    int count_;  // tokens
 
   public:
-    // Tokens from `first` on, of which there is one at least; the block's columns begin at `column`.
-    template <int kBlocks>
-    __device__ __forceinline__ void load(const Params& p, const Block<kBlocks>& block, const Span& span, i64 first, int column) {
+    // Up to kTokens tokens from `first` on; the block's columns begin at `column`.
+    template <u32 kBlocks>
+    __device__ __forceinline__ void load(const Params& p, const Block<kBlocks>& block, const Span& span, u32 first,
+                                         int column) {
+        count_ = min(span.length - first, static_cast<u32>(kTokens));
 #pragma unroll
         for (int pass = 0; pass < Tokens::kPasses; ++pass) {
-            // Where there is no token left the last one is loaded again.
-            const i64 t = min(first + token(pass), span.length - 1);
+            if (warp_token(pass) >= count_) continue;
+            // Lanes without a token of their own take the last one: all are needed for the sums.
+            const u32 t = first + min(token(pass), count_ - 1);
             words_[pass].load(p, span, t, block.h, threadIdx.x % kLanes);
             gates_[pass].load(p, span, t, block.hv);
         }
         column += threadIdx.x % kColumns;
 #pragma unroll
         for (int i = 0; i < Tokens::kValues; ++i) {
-            const i64 t = min(first + value_row(i), span.length - 1);
-            values_[i] = 0;
-            if (column < kV) values_[i] = load_bits(kQkv, p.v, offset_of(p.v_strides, span, t, block.hv) + column);
+            const u32 t = first + value_row(i);
+            if (value_row(i) < count_ && column < kV)
+                values_[i] = load_bits(kQkv, row_of(p.v, p.v_strides, span, t, block.hv), column);
         }
     }
 
@@ -299,10 +304,11 @@ class TokenLoader {
         const int part = threadIdx.x % kLanes;
 #pragma unroll
         for (int pass = 0; pass < Tokens::kPasses; ++pass) {
+            if (warp_token(pass) >= count_) continue;
             const LaneToken x(words_[pass]);
             const Scalars s = x.scalars(p.scale, gates_[pass].decay(p), gates_[pass].beta(p));
             const int t = token(pass);
-            if (t >= kTokens) continue;
+            if (t >= count_) continue;
 #pragma unroll
             for (int j = 0; j < Tokens::kQuads; ++j) {
                 tokens.k[t][j][part] = make_float4(x.k[4 * j], x.k[4 * j + 1], x.k[4 * j + 2], x.k[4 * j + 3]);
@@ -312,11 +318,14 @@ class TokenLoader {
         }
 #pragma unroll
         for (int i = 0; i < Tokens::kValues; ++i)
-            if (value_row(i) < kTokens) tokens.v[value_row(i)][threadIdx.x % kColumns] = value_of(kQkv, values_[i]);
+            if (value_row(i) < count_) tokens.v[value_row(i)][threadIdx.x % kColumns] = value_of(kQkv, values_[i]);
     }
 
   private:
     static __device__ __forceinline__ int token(int pass) { return threadIdx.x / kLanes + pass * kAtOnce; }
+    static __device__ __forceinline__ int warp_token(int pass) {
+        return threadIdx.x / 32 * (32 / kLanes) + pass * kAtOnce;
+    }
     static __device__ __forceinline__ int value_row(int i) { return threadIdx.x / kColumns + i * kRowsAtOnce; }
 };
 
@@ -328,10 +337,10 @@ class StateChunk {
     float x_[kChunk];
 
   public:
-    // Issues the load; `valid` of the elements from `index` on exist.
-    __device__ __forceinline__ void load(const void* state, i64 index, int valid) {
+    // Issues the load; `valid` elements exist.
+    __device__ __forceinline__ void load(const char* from, int valid) {
         if constexpr (kHasInitial)
-            load_chunk<kInitial, kChunk, kAlignedStates, Cache::kStreaming>(state, index, valid, words_);
+            load_chunk<kInitial, kChunk, kAlignedStates, Cache::kStreaming>(from, 0, valid, words_);
     }
     // Once, after all loads are issued.
     __device__ __forceinline__ void open() {
@@ -361,16 +370,24 @@ class StateChunk {
             for (int i = 0; i < kChunk; ++i) x_[i] = x[i];
         }
     }
-    __device__ __forceinline__ void store(void* state, i64 index, int valid) {
+    __device__ __forceinline__ void store(char* to, int valid) {
         if constexpr (kPacked) {
-            store_chunk<kFinal, kChunk, kAlignedStates>(state, index, valid, words_);
+            store_chunk<kFinal, kChunk, kAlignedStates>(to, 0, valid, words_);
         } else if constexpr (kHasFinal) {
             u32 words[words_of(kFinal, kChunk)];
             pack<kFinal>(x_, words);
-            store_chunk<kFinal, kChunk, kAlignedStates>(state, index, valid, words);
+            store_chunk<kFinal, kChunk, kAlignedStates>(to, 0, valid, words);
         }
     }
 };
+
+// Where an element of a state lies, whose rows have kLength elements. (The indices are signed and wide so that what
+// is constant in them becomes part of the instructions that use the offset.)
+template <int kType, int kLength>
+__device__ __forceinline__ i64 state_offset(i64 row_stride, i64 row, i64 column) {
+    const i64 row_bytes = kDenseStates ? i64{kLength} * bytes_of(kType) : row_stride;
+    return row * row_bytes + column * bytes_of(kType);
+}
 
 // Where a sequence's states of one head begin, and whether anything is to be done for it.
 struct Work {
@@ -378,18 +395,19 @@ struct Work {
     char* write = nullptr;
     bool padding = false;
 
-    __device__ __forceinline__ Work(const Params& p, const Rows& rows, int hv) {
-        const StateStrides &from = p.initial_strides, &to = p.final_strides;
+    __device__ __forceinline__ Work(const Params& p, const Rows& rows, u32 hv) {
         if constexpr (kHasInitial) {
+            const char* head = p.initial_state + hv * p.initial_strides.head;
             const i64 row = rows.read.value();
             padding = row < 0 || row >= p.initial_rows;
-            read = at(p.initial_state, kInitial, row * from.slot + hv * from.head);
+            read = head + static_cast<u32>(row) * p.initial_strides.slot;
             if constexpr (kInPlace) write = const_cast<char*>(read);
         }
         if constexpr (kHasFinal && !kInPlace) {
+            char* head = p.final_state + hv * p.final_strides.head;
             const i64 row = rows.write.value();
             padding |= row < 0 || row >= p.final_rows;
-            write = at(p.final_state, kFinal, row * to.slot + hv * to.head);
+            write = head + static_cast<u32>(row) * p.final_strides.slot;
         }
     }
     // Without tokens a state moves only where it is read and written in different places.

@@ -3,12 +3,13 @@
 
 namespace gdr {
 
-// The sum of x over groups of kLanes neighbouring lanes, in each of them.
-template <int kLanes>
-__device__ __forceinline__ float sum_lanes(float x) {
+// Sums each of some values over groups of kLanes neighbouring lanes; every lane gets the sums.
+template <int kLanes, int kCount>
+__device__ __forceinline__ void sum_lanes(float (&x)[kCount]) {
 #pragma unroll
-    for (int mask = kLanes / 2; mask > 0; mask /= 2) x += __shfl_xor_sync(0xffffffffu, x, mask);
-    return x;
+    for (int mask = kLanes / 2; mask > 0; mask /= 2)
+#pragma unroll
+        for (int i = 0; i < kCount; ++i) x[i] += __shfl_xor_sync(0xffffffffu, x[i], mask);
 }
 
 // Sums kCount values over the lanes that differ in the bits of kMask, kMask / 2, .. kLast. At each step a lane hands

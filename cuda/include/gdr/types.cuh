@@ -49,7 +49,8 @@ __device__ __forceinline__ void unpack(const u32* words, float (&x)[kCount]) {
 #pragma unroll
     for (int i = 0; i < kCount; ++i) {
         if constexpr (kDType == kFloat32) x[i] = __uint_as_float(words[i]);
-        else if constexpr (kDType == kFloat16) x[i] = ptx::half_to_float(static_cast<u16>(words[i / 2] >> (i % 2 * 16)));
+        else if constexpr (kDType == kFloat16)
+            x[i] = ptx::half_to_float(static_cast<u16>(words[i / 2] >> (i % 2 * 16)));
         else x[i] = __uint_as_float(i % 2 ? words[i / 2] & 0xffff0000u : words[i / 2] << 16);
     }
 }
