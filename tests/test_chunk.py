@@ -3,6 +3,7 @@ change."""
 
 from __future__ import annotations
 
+import threading
 import warnings
 
 import numpy as np
@@ -308,6 +309,26 @@ def test_same_inputs_same_bits(place):
     first = chunk(place, x, output_final_state=True)
     for _ in range(3):
         for y, z in zip(chunk(place, x, output_final_state=True), first, strict=True):
+            assert_same_bits(y, z)
+
+
+def test_same_bits_from_any_thread(host):
+    # Large enough that a BLAS left to itself would split its products over threads.
+    x = make_inputs(B=16, T=40, H=4, HV=8, K=64, V=64)
+    first = chunk(host, x, output_final_state=True)
+    results = []
+
+    def work():
+        results.extend(gdr.chunk_gated_delta_rule(*given(x), output_final_state=True) for _ in range(3))
+
+    threads = [threading.Thread(target=work) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(results) == 9
+    for result in results:
+        for y, z in zip(result, first, strict=True):
             assert_same_bits(y, z)
 
 
