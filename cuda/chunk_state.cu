@@ -17,7 +17,6 @@
 // requires: sm_80
 namespace gdr {
 constexpr int kColumns = GDR_COLUMNS, kSplit = GDR_SPLIT, kStages = GDR_STAGES;
-constexpr bool kSquare = false;
 }
 
 #include "gdr/chunk_state.cuh"
@@ -28,6 +27,69 @@ namespace {
 
 constexpr int kOwnRows = kRows / kSplit;  // blocks of 16 tokens whose outputs a warp finishes
 static_assert(kSplit == 1 || kSplit == 2);
+
+using Stage = StageOf<HeadTile>;
+struct Stages {
+    Stage stages[kStages];
+    Barrier full[kStages];
+};
+
+// ---- Copies.
+
+// The pieces of 16 bytes of a chunk's values that a thread copies are kPieceTokens tokens apart. 8 neighbouring threads
+// fill one matrix.
+constexpr int kPieceTokens = 16 * kSplit;
+__device__ __forceinline__ int piece_token() { return threadIdx.x / kColumns * 8 + threadIdx.x % 8; }
+__device__ __forceinline__ int piece_column8() { return threadIdx.x / 8 % (kColumns / 8); }
+
+__device__ __forceinline__ void copy_values(const Work& work, Stage& stage, int chunk) {
+    const int token = piece_token(), column8 = piece_column8(), tokens = work.tokens(chunk);
+    const char* from = work.values + static_cast<i64>(chunk) * kC * work.value_step;
+    char* to = stage.V + (token / 16 * (kColumns / 16) + column8 / 2) * kBlockBytes + column8 % 2 * 256 + token / 8 % 2 * 128 +
+               token % 8 * 16;
+#pragma unroll
+    for (int i = 0; i < kC / kPieceTokens; ++i) {
+        const bool exists = token + i * kPieceTokens < tokens;
+        if constexpr (kAligned) {
+            copy16(shared_address(to), exists ? from : work.values, exists);
+        } else {
+            u32 words[4];
+            load_chunk<kQkv, 8, false>(from, 0, exists ? 8 : 0, words);
+            *reinterpret_cast<uint4*>(to) = make_uint4(words[0], words[1], words[2], words[3]);
+        }
+        from += kPieceTokens * work.value_step;
+        to += kPieceTokens / 16 * (kColumns / 16) * kBlockBytes;
+    }
+}
+
+// Every thread calls it; the stage's barrier completes once all has landed.
+__device__ __forceinline__ void copy_chunk(const Params& p, const Work& work, Stage& stage, Barrier& full, int chunk) {
+    const i64 slot = work.seq.chunk + chunk - p.first_chunk;
+    const char* keys = p.key_tiles + (slot * p.H + work.hv / p.group) * (2 * kKeyTileBytes);
+    const char* head = p.head_tiles + (slot * (p.H * p.group) + work.hv) * sizeof(HeadTile);
+#if __CUDA_ARCH__ >= 900
+    if (threadIdx.x == 0) {
+        full.arrive_expect(2 * kKeyTileBytes + sizeof(HeadTile));
+        full.copy_bulk(shared_address(stage.K), keys, 2 * kKeyTileBytes);
+        full.copy_bulk(shared_address(&stage.head), head, sizeof(HeadTile));
+    }
+#else
+    for (int i = threadIdx.x; i < 2 * kKeyTileBytes / 16; i += kThreads)
+        copy16(shared_address(stage.K) + i * 16, keys + i * 16, true);
+    for (int i = threadIdx.x; i < static_cast<int>(sizeof(HeadTile)) / 16; i += kThreads)
+        copy16(shared_address(&stage.head) + i * 16, head + i * 16, true);
+#endif
+    copy_values(work, stage, chunk);
+    if constexpr (!kAligned) __threadfence_block();
+    full.arrive_after_copies();
+}
+
+constexpr int kArrivals = kThreads +
+#if __CUDA_ARCH__ >= 900
+                          1;
+#else
+                          0;
+#endif
 
 // What two warps of the same columns give each other: X of all tokens and Y of the other's, a float4 a lane and tile.
 struct Exchange {
@@ -191,7 +253,13 @@ __device__ __forceinline__ void do_chunk(const Work& work, Shared& sm, const Sta
             load_matrices(P + lower_block(block, k), b);
             Y[i].add_product<Op>(plain[k], b);
         }
-        store_output(work, Y[i], to + block * 16 * work.output_step, tokens - block * 16);
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+            const int token = block * 16 + half * 8;
+            u32 pairs[2];
+            pack_pairs(Y[i].x[half], pairs);
+            store_pairs(to + token * work.output_step, pairs, token + lane / 4 < tokens);
+        }
     }
 }
 
@@ -200,7 +268,35 @@ __device__ __forceinline__ void do_chunk(const Work& work, Shared& sm, const Sta
 extern "C" __global__ void __launch_bounds__(kThreads) chunk_state(const __grid_constant__ Params p) {
     extern __shared__ __align__(128) char shared[];
     Shared& sm = *reinterpret_cast<Shared*>(shared);
-    walk(p, sm.copies, [&](const Work& work, const Stage& stage, State& S, int chunk, auto&& refill) {
-        do_chunk(work, sm, stage, S, chunk, refill);
-    });
+    Stages& stages = sm.copies;
+    const int warp = threadIdx.x / 32;
+    Work work;
+    if (!find_work(p, work)) return;
+    const int column = work.first_column + warp / kSplit * 16, first_key = warp % kSplit * kWarpKeys;
+    find_tokens(p, work, piece_token(), piece_column8(), column);
+
+    if (threadIdx.x == 0) {
+#pragma unroll
+        for (int i = 0; i < kStages; ++i) stages.full[i].init(kArrivals);
+        Barrier::publish_inits();
+    }
+    __syncthreads();
+    for (int i = 0; i < kStages - 1; ++i)
+        if (work.first + i < work.last) copy_chunk(p, work, stages.stages[i], stages.full[i], work.first + i);
+
+    State S;
+    load_state(p, work, S, column, first_key);
+    int stage = 0, filled = kStages - 1;
+    u32 parity = 0;
+#pragma unroll 1
+    for (int chunk = work.first; chunk < work.last; ++chunk) {
+        stages.full[stage].wait(parity);
+        do_chunk(work, sm, stages.stages[stage], S, chunk, [&] {
+            const int next = chunk + kStages - 1;
+            if (next < work.last) copy_chunk(p, work, stages.stages[filled], stages.full[filled], next);
+        });
+        filled = stage;
+        if (++stage == kStages) stage = 0, parity ^= 1;
+    }
+    save_state(p, work, S, column, first_key);
 }

@@ -38,14 +38,15 @@ class Tile(NamedTuple):
     @property
     def threads(self) -> int:
         """Threads of a block."""
-        return 2 * self.columns * self.split
+        bringing = 0 if not self.warpgroups else 128 if self.columns == 128 else 32
+        return 2 * self.columns * self.split + bringing
 
     def shared(self, K: int) -> int:
         """Bytes of shared memory of a block: the struct Shared of chunk_state.cu."""
         head_tile = 2 * 16 * 512 + 3 * CHUNK * 4 if self.warpgroups else _HEAD_TILE
         stage = _align(2 * _key_tile(K) + head_tile + CHUNK * self.columns * 2, 128)
         exchange = self.threads // 32 * 2 * 6144 if self.split == 2 else 0
-        return _align(self.stages * (stage + 8), 16) + exchange
+        return _align(self.stages * (stage + (16 if self.warpgroups else 8)), 16) + exchange
 
 
 class Device(NamedTuple):
@@ -172,11 +173,15 @@ def pick_tile(spec: Spec, batch_invariant: bool, device: Device) -> Tile | None:
         if spec.V % columns == 0
         and _fits(tile := Tile(columns, split, stages, warpgroups), spec.K, batch_invariant, device)
     ]
-    tiles = [tile for tile in tiles if tile.warpgroups == tiles[0].warpgroups]
     if not tiles:
         return None
+    states = spec.N * spec.HV
+    # By warpgroups 64 columns cost as much as 16 do otherwise: for few blocks, the other way has more of them.
+    if any(tile.warpgroups for tile in tiles):
+        wide = batch_invariant or 3 * states * (spec.V // 64) >= device.multiprocessors
+        tiles = [tile for tile in tiles if tile.warpgroups == wide]
     # The fewest blocks that still use the device; if none do, the most.
-    enough = [tile for tile in tiles if spec.N * spec.HV * (spec.V // tile.columns) >= 0.75 * device.multiprocessors]
+    enough = [tile for tile in tiles if states * (spec.V // tile.columns) >= 0.75 * device.multiprocessors]
     return enough[0] if enough else next(tile for tile in tiles if tile.columns == tiles[-1].columns)
 
 

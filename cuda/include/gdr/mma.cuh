@@ -95,6 +95,16 @@ __device__ __forceinline__ void copy16(u32 to, const void* from, bool exists) {
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(exists ? 16 : 0) : "memory");
 }
 
+// Waits for this thread's copies.
+__device__ __forceinline__ void wait_copies() { asm volatile("cp.async.wait_all;" ::: "memory"); }
+
+// Makes this thread's stores to shared memory visible to wgmma and the copy engine.
+__device__ __forceinline__ void publish_to_engines() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+#endif
+}
+
 struct Barrier {
     unsigned long long state;
 
@@ -107,6 +117,9 @@ struct Barrier {
 #if __CUDA_ARCH__ >= 900
         asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
 #endif
+    }
+    __device__ __forceinline__ void arrive() {
+        asm volatile("{.reg .b64 state; mbarrier.arrive.shared.b64 state, [%0];}" ::"r"(address()) : "memory");
     }
     // This thread's arrival once its copies so far have landed.
     __device__ __forceinline__ void arrive_after_copies() {
