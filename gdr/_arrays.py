@@ -8,6 +8,7 @@ JAX) is adopted as a zero-copy view of one of those, and results are handed back
 from __future__ import annotations
 
 import sys
+from operator import attrgetter, methodcaller
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -38,9 +39,7 @@ class NumpyArrays:
     """NumPy arrays: the host's native kind."""
 
     name = "numpy"
-
-    def signature(self, x: Any) -> tuple:
-        return x.shape, x.strides, x.dtype
+    signature = staticmethod(attrgetter("shape", "strides", "dtype"))
 
     def meta(self, x: Any) -> Meta:
         size = x.itemsize or 1
@@ -67,12 +66,11 @@ class CupyArrays:
     """CuPy arrays: a CUDA device's native kind."""
 
     name = "cupy"
+    signature = staticmethod(attrgetter("shape", "strides", "dtype", "data.device_id"))
+    pointer = staticmethod(attrgetter("data.ptr"))
 
     def __init__(self) -> None:
         self._cupy = sys.modules["cupy"]
-
-    def signature(self, x: Any) -> tuple:
-        return x.shape, x.strides, x.dtype, x.data.device_id
 
     def meta(self, x: Any) -> Meta:
         size = x.itemsize or 1
@@ -83,9 +81,6 @@ class CupyArrays:
 
     def release(self, x: Any) -> Any:
         return x
-
-    def pointer(self, x: Any) -> int:
-        return x.data.ptr
 
     def empty(self, shape: tuple[int, ...], dtype: str, device: str | int) -> Any:
         with self._cupy.cuda.Device(device):
@@ -106,6 +101,7 @@ class TorchArrays:
     """torch tensors: native on CUDA, adopted as NumPy views on the host."""
 
     name = "torch"
+    pointer = staticmethod(methodcaller("data_ptr"))
 
     def __init__(self) -> None:
         torch = sys.modules["torch"]
@@ -144,9 +140,6 @@ class TorchArrays:
         if x.dtype.name == "bfloat16":
             return self._torch.from_numpy(x.view(np.int16)).view(self._torch.bfloat16)
         return self._torch.from_numpy(x)
-
-    def pointer(self, x: Any) -> int:
-        return x.data_ptr()
 
     def empty(self, shape: tuple[int, ...], dtype: str, device: str | int) -> Any:
         if device == "cpu":

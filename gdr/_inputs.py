@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import math
 import numbers
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NoReturn
+from typing import Any
 
 import numpy as np
 
@@ -62,6 +63,8 @@ class Call:
 
 
 _specs: dict[tuple, Spec] = {}
+# What makes the signature of each operand, by the operands' types.
+_signers: dict[tuple[type, ...], list[Callable[[Any], Any]]] = {}
 _MAX_SPECS = 4096
 
 
@@ -101,26 +104,11 @@ def prepare(
         raise ValueError(f"{names.get('layout', 'state_layout')}: expected 'kv' or 'vk', got {layout!r}")
     if check is not None:
         check_flag("check", check)
-    arrays = [operands.get(name) for name in OPERANDS]
-    key: tuple = (op, l2norm, layout, output_final_state)
-    for x in arrays:
-        if x is None:
-            key += (None,)
-        else:
-            library = _arrays.library_of(x)
-            if library is None:
-                _refuse(operands, names, x)
-            key += (type(x), library.signature(x))
-    spec = _specs.get(key)
-    if spec is None:
-        spec = describe(op, operands, names, bool(l2norm), layout, output_final_state)
-        if len(_specs) >= _MAX_SPECS:
-            _specs.clear()
-        _specs[key] = spec
-
     if op == "chunk":
         check_whole_number("chunk_size", chunk_size)
         check_flag("batch_invariant", batch_invariant)
+    arrays = list(map(operands.get, OPERANDS))
+    spec = _spec_of(op, operands, arrays, names, l2norm, layout, output_final_state)
     call = Call(
         spec,
         spec.K**-0.5 if scale is None else number("scale", scale),
@@ -131,21 +119,13 @@ def prepare(
         bool(batch_invariant),
         *arrays,
     )
-    for name in ("out", "final_state"):
-        x = operands.get(name)
-        if x is not None and not _arrays.library_of(x).writable(x):
-            raise ValueError(f"{names.get(name, name)}: is written in place, and this {type(x).__name__} is read-only")
-    if spec.device == "cpu":
-        _adopt_host(call, operands, names)
-    elif call.library.name == "jax" or any(type(x).__module__.startswith("jax") for x in arrays if x is not None):
-        for name, x in zip(OPERANDS, arrays, strict=True):
-            if x is not None:
-                setattr(call, name, _arrays.library_of(x).adopt(x))
+    if not spec.native:
+        _adopt(call, operands, names)
     if op == "gate":
         call.g = call.library.empty(spec.shapes["g"], spec.compute, spec.device)
         call.beta = call.library.empty(spec.shapes["beta"], spec.compute, spec.device)
         return call
-    if check if check is not None else spec.device == "cpu":
+    if check or (check is None and spec.device == "cpu"):
         _check_values(call, names)
     if call.out is None:
         call.out = call.library.empty(spec.shapes["out"], spec.dtype, spec.device)
@@ -154,13 +134,68 @@ def prepare(
     return call
 
 
-def _refuse(operands: dict[str, Any], names: dict[str, str], x: Any) -> NoReturn:
-    name = next(n for n, value in operands.items() if value is x)
-    raise TypeError(f"{names.get(name, name)}: expected a NumPy, CuPy, torch or JAX array, got {type(x).__name__}")
+def _spec_of(
+    op: str,
+    operands: dict[str, Any],
+    arrays: list[Any],
+    names: dict[str, str],
+    l2norm: bool,
+    layout: str,
+    output_final_state: bool,
+) -> Spec:
+    """The `Spec` of a call: the one made for the last call with the same signature, or a new one."""
+    # A state that is updated in place, and its slots, come twice: they are signed once.
+    same_state, same_slots = arrays[12] is arrays[10], arrays[13] is arrays[11]
+    if same_state:
+        arrays = [*arrays[:12], None, None if same_slots else arrays[13], arrays[14]]
+    kinds = tuple(map(type, arrays))
+    signers = _signers.get(kinds)
+    if signers is None:
+        signers = _signers[kinds] = [_signer(operands, names, x) for x in arrays]
+    flags = op, l2norm, layout, output_final_state, same_state, same_slots
+    signature = (flags, kinds, *[sign(x) for sign, x in zip(signers, arrays)])
+    spec = _specs.get(signature)
+    if spec is None:
+        spec = describe(op, operands, names, bool(l2norm), layout, output_final_state)
+        if len(_specs) >= _MAX_SPECS:
+            _specs.clear()
+        _specs[signature] = spec
+    return spec
+
+
+def _signer(operands: dict[str, Any], names: dict[str, str], x: Any) -> Callable[[Any], Any]:
+    """What makes the signature of arrays like `x`; of an absent operand, False."""
+    if x is None:
+        return bool
+    library = _arrays.library_of(x)
+    if library is None:
+        name = next(n for n, value in operands.items() if value is x)
+        raise TypeError(f"{names.get(name, name)}: expected a NumPy, CuPy, torch or JAX array, got {type(x).__name__}")
+    return library.signature
+
+
+def _adopt(call: Call, operands: dict[str, Any], names: dict[str, str]) -> None:
+    """Replace operands that are no native arrays of their device by views that are."""
+    for name in ("out", "final_state"):
+        x = operands.get(name)
+        if x is not None and not _arrays.library_of(x).writable(x):
+            raise ValueError(f"{names.get(name, name)}: is written in place, and this {type(x).__name__} is read-only")
+    for name in OPERANDS:
+        x = getattr(call, name)
+        if x is not None:
+            setattr(call, name, _arrays.library_of(x).adopt(x))
+    if operands.get("final_state") is operands.get("initial_state"):
+        call.final_state = call.initial_state
+    if operands.get("final_slots") is operands.get("initial_slots"):
+        call.final_slots = call.initial_slots
+    if call.spec.device == "cpu" and call.spec.op != "gate":
+        _check_memory(call, operands, names)
 
 
 def number(name: str, value: Any) -> float:
     """`value` as a finite float."""
+    if type(value) is float and value - value == 0.0:
+        return value  # at once: inf - inf is NaN
     if isinstance(value, (bool, np.bool_)) or not isinstance(value, (numbers.Real, np.floating, np.integer)):
         raise TypeError(f"{name}: expected a real number, got {type(value).__name__}")
     try:
@@ -195,25 +230,15 @@ def check_flag(name: str, value: Any) -> None:
         raise TypeError(f"{name}: expected True or False, got {type(value).__name__}")
 
 
-def _adopt_host(call: Call, operands: dict[str, Any], names: dict[str, str]) -> None:
-    """Replace the operands of a host call by NumPy views."""
-    for name in OPERANDS:
-        x = getattr(call, name)
-        if x is not None and not isinstance(x, np.ndarray):
-            setattr(call, name, _arrays.library_of(x).adopt(x))
-    if operands.get("final_state") is operands.get("initial_state"):
-        call.final_state = call.initial_state
-    if operands.get("final_slots") is operands.get("initial_slots"):
-        call.final_slots = call.initial_slots
+def _check_memory(call: Call, operands: dict[str, Any], names: dict[str, str]) -> None:
+    """Give a and b three axes, and refuse outputs that overlap other operands."""
     spec = call.spec
-    if spec.op == "gate":
-        return
     for name in ("a", "b", "g", "beta"):
         x = getattr(call, name)
         if x is not None and x.ndim == 2:
             setattr(call, name, x.reshape(spec.B, spec.T, spec.HV))
     if operands.get("out") is not None:
-        _check_apart(call, "out", READ + ("initial_state", "final_state"), names)
+        _check_apart(call, "out", (*READ, "initial_state", "final_state"), names)
     if call.final_state is not None:
         _check_apart(call, "final_state", READ, names)
 

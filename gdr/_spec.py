@@ -37,7 +37,8 @@ REQUIRED = ("q", "k", "v", "A_log", "dt_bias", "a", "b", "g", "beta")
 class Spec:
     """What a call is, from metadata alone; made once a signature.
 
-    `strides` count elements.  `plan` is the backend's own: whatever it derives from the rest.
+    `strides` count elements.  `native`: every operand is a CUDA array that kernels take as it is.  `plan` is the
+    backend's own: whatever it derives from the rest.
     """
 
     op: str
@@ -57,6 +58,7 @@ class Spec:
     l2norm: bool = False
     varlen: bool = False
     layout: str = "kv"
+    native: bool = False
     plan: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -103,6 +105,7 @@ class _Operands:
     def __init__(self, operands: dict[str, Any], names: dict[str, str]) -> None:
         self.names = names
         self.meta: dict[str, Meta] = {}
+        libraries = {_arrays.library_of(x).name for x in operands.values() if x is not None}
         for name in OPERANDS:
             x = operands.get(name)
             if x is not None:
@@ -120,6 +123,7 @@ class _Operands:
                     f"({_place(self.device)}), got one on {_place(m.device)}; nothing is copied silently"
                 )
         self.on_host = self.device == "cpu"
+        self.native = not self.on_host and libraries <= {"cupy", "torch"}
 
     def __contains__(self, name: str) -> bool:
         return name in self.meta
@@ -187,7 +191,7 @@ class _Operands:
 
     def check_rows_contiguous(self, name: str) -> None:
         meta = self.meta[name]
-        if meta.shape[-1] > 1 and meta.strides[-1] != 1:
+        if 0 not in meta.shape and meta.shape[-1] > 1 and meta.strides[-1] != 1:
             raise ValueError(
                 f"{self.said(name)}: expected a last axis of stride 1 on a CUDA device, "
                 f"got strides {list(meta.strides)} (in elements)"
@@ -197,6 +201,7 @@ class _Operands:
         return Spec(
             op,
             self.device,
+            native=self.native,
             dtypes={name: m.dtype for name, m in self.meta.items()},
             shapes={name: m.shape for name, m in self.meta.items()},
             strides={name: m.strides for name, m in self.meta.items()},

@@ -96,7 +96,7 @@ def make_inputs(
     normalize: bool = True,
     seed: int = 0,
     xp: str = "numpy",
-    device: str = "cpu",
+    device: str | None = None,
 ) -> Inputs:
     """Draw a random problem.
 
@@ -128,7 +128,7 @@ def make_inputs(
         Equal seeds give equal problems.
     xp : {"numpy", "cupy", "torch", "jax"}
         Library of the arrays.
-    device : {"cpu", "cuda"}
+    device : {"cpu", "cuda"}, optional
         Where the arrays live.
 
     Returns
@@ -186,7 +186,8 @@ def make_inputs(
         slots=rng.permutation(num_slots)[:N].astype(np.int32),
         cu_seqlens=None if lengths is None else np.cumsum([0, *lengths]).astype(np.int32),
     )
-    return inputs if xp == "numpy" and device == "cpu" else inputs.to(xp, device)
+    device = device or ("cuda" if xp == "cupy" else "cpu")
+    return inputs if (xp, device) == ("numpy", "cpu") else inputs.to(xp, device)
 
 
 def relative_rms(got: Any, want: Any) -> float:

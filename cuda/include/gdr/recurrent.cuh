@@ -147,9 +147,9 @@ struct GateBits {
     }
     __device__ __forceinline__ float decay(const Params& p) const {
         const float x = value_of(p.a_type, a);
-        if constexpr (!kRawGates) return expf(x);
+        if constexpr (!kRawGates) return exp_unbiased(x);
         const float rate = value_of(p.A_log_type, A_log), bias = value_of(p.dt_bias_type, dt_bias);
-        return expf(log_decay(rate, x, bias, p.softplus_beta, p.one_over_softplus_beta, p.softplus_threshold));
+        return exp_unbiased(log_decay(rate, x, bias, p.softplus_beta, p.one_over_softplus_beta, p.softplus_threshold));
     }
     __device__ __forceinline__ float beta(const Params& p) const {
         const float x = value_of(p.b_type, b);
