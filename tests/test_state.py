@@ -348,6 +348,7 @@ def test_step_is_the_recurrence(place, dtype, state_dtype, layout):
 
 def test_parameters_reach_the_recurrence(place):
     x = problem(normalize=True)
+    x.A_log -= 4  # above the threshold g may be positive: large ones would magnify their own rounding
     state = make(place, x, use_qk_l2norm=False, softplus_beta=0.5, softplus_threshold=-3.0, scale=-2.0)
     slots = state.alloc(3)
     fill(place, state, slots)
