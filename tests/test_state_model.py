@@ -34,6 +34,7 @@ class StatePool(RuleBasedStateMachine):
     """Every operation, done to the pool and to the model; the pool may be off by rounding alone."""
 
     place = None
+    operations = 0
 
     def __init__(self):
         super().__init__()
@@ -265,6 +266,7 @@ class StatePool(RuleBasedStateMachine):
     def the_pool_is_the_model(self):
         if not hasattr(self, "state"):
             return
+        type(self).operations += 1
         assert self.state.num_free == NUM_SLOTS - len(self.model)
         assert f"{self.state.num_free} free" in repr(self.state)
         for slot, want in self.model.items():

@@ -1,13 +1,15 @@
 """Plots of measurements, drawn from docs/data.
 
-``numerics-*.json`` are written by docs/measure_numerics.py.  ``performance-*.json`` hold rows with a ``suite``, a
-``case``, an ``impl`` and its time (``us`` or ``ms``), and the ``device`` they were taken on.
+``numerics-*.json`` are written by docs/measure_numerics.py, ``reliability-*.json`` by
+docs/measure_reliability.py.  ``performance-*.json`` hold rows with a ``suite``, a ``case``, an ``impl`` and
+its time (``us`` or ``ms``), and the ``device`` they were taken on.
 """
 
 from __future__ import annotations
 
 import json
 from collections import defaultdict
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +43,37 @@ def numerics_page() -> str:
         for name, data in _load("numerics-*.json").items()
     ]
     return "\n".join(parts)
+
+
+def reliability_page() -> str:
+    """A table of what was tried, with a column for each backend."""
+    runs = list(_load("reliability-*.json").values())
+    if not runs:
+        return "No run has been committed yet.\n"
+    lines: list[tuple[str, Callable[[dict[str, Any]], Any]]] = [
+        ("seconds of load, over threads", lambda r: f"{r['load']['seconds']:g}, {r['load']['threads']}"),
+        ("sequences that came and left", lambda r: r["load"]["departures"]),
+        ("of them forked from another", lambda r: r["load"]["forks"]),
+        ("tokens", lambda r: r["load"]["tokens"]),
+        ("times the pool was saved and loaded under way", lambda r: r["load"]["reloads"]),
+        ("sequences run again in float64", lambda r: r["load"]["replays"]),
+        ("largest relative error of one", lambda r: f"{r['load']['worst']:.1e}"),
+        ("growth of memory, MiB", lambda r: r["load"]["growth_mib"]),
+        ("random sequences of operations on a pool", lambda r: r["model"]["examples"]),
+        ("operations in them", lambda r: r["model"]["operations"]),
+        ("random calls refused by name", lambda r: sum(x["refused"] for x in r.get("fuzz", {}).values()) or "-"),
+        (
+            "random calls answered as the reference does",
+            lambda r: sum(x["answered"] for x in r.get("fuzz", {}).values()) or "-",
+        ),
+    ]
+    rows = [["", *(NAMES[run["backend"]] for run in runs)], ["---", *("---:" for _ in runs)]]
+    rows += [[words, *(_thousands(count(run)) for run in runs)] for words, count in lines]
+    return "".join(f"| {' | '.join(row)} |\n" for row in rows)
+
+
+def _thousands(value: Any) -> str:
+    return f"{value:,}" if isinstance(value, int) else str(value)
 
 
 def page() -> str:
@@ -88,7 +121,8 @@ def _suites(data: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
 
 
 def _performance(rows: list[dict[str, Any]]) -> Figure:
-    """Horizontal bars by case, this library's in blue: how many times the fastest time of the case each takes."""
+    """Horizontal bars by case, this library's in blue: how many times the fastest time of the case each
+    takes."""
     cases = list(dict.fromkeys(row["case"] for row in rows))
     impls = sorted({row["impl"] for row in rows}, key=lambda impl: (not impl.startswith("gdr"), impl))
     others = iter(COLORS * 3)
