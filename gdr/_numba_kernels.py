@@ -33,7 +33,7 @@ from numba import types
 from numba.extending import intrinsic, overload
 
 TILE = 16
-PITCH = 256  # of a row of K or V numbers
+PITCH = 272  # of a row of up to 256 numbers; no power of two, so that rows share no cache sets
 L2_EPS = 1e-6
 
 # Sums may be reordered and fused; infinities and NaN keep their meaning.

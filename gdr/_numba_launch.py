@@ -222,6 +222,10 @@ def _as_writable(x: np.ndarray) -> np.ndarray:
 
 
 def _contiguous(x: np.ndarray, dtype: np.dtype) -> np.ndarray:
+    if x.dtype == dtype:
+        flags = x.flags
+        if flags.c_contiguous and flags.writeable:
+            return x
     bits = _BITS.get(x.dtype.name) if x.dtype != dtype else None
     if bits is None or dtype != np.float32:
         x = np.ascontiguousarray(x, dtype)

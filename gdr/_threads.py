@@ -11,6 +11,7 @@ import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
+from functools import lru_cache
 from typing import Any, TypeVar
 
 from threadpoolctl import ThreadpoolController
@@ -27,6 +28,11 @@ def thread_count() -> int:
         if not asked.isdigit() or int(asked) < 1:
             raise ValueError(f"GDR_NUM_THREADS: expected a whole number of at least 1, got {asked!r}")
         return int(asked)
+    return _cpu_count()
+
+
+@lru_cache(maxsize=1)
+def _cpu_count() -> int:
     try:
         return len(os.sched_getaffinity(0))
     except AttributeError:  # macOS and Windows know no affinity
@@ -110,7 +116,7 @@ def _the_pool() -> ThreadPoolExecutor:
     global _pool
     with _pool_lock:
         if _pool is None:
-            _pool = ThreadPoolExecutor((os.cpu_count() or 1) + 1, thread_name_prefix="gdr")
+            _pool = ThreadPoolExecutor(_cpu_count() + 1, thread_name_prefix="gdr")
         return _pool
 
 
