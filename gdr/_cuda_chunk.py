@@ -1,8 +1,8 @@
 """Launches the chunkwise rule on a CUDA device: a kernel for what belongs to each chunk alone, one that walks them.
 
 How a call is cut up follows from shapes, dtypes and the device, never from data.  What the kernels do not take runs on
-the fused recurrence, which gives the same answer: float32 q, k and v; V that is no multiple of 16; and head dimensions
-whose tiles do not fit the device's shared memory (K above 128 before compute capability 9.0).
+the fused recurrence, which gives the same answer: float32 q, k and v; V that is no multiple of 16; devices before
+compute capability 8.0; and tiles that do not fit a block's shared memory (K above 128 needs 176 KiB).
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ class Device(NamedTuple):
 
     multiprocessors: int
     shared: int  # bytes a block may have
-    capability: int = 90  # 90 for 9.0
+    capability: int  # 90 for 9.0
 
 
 class Plan:
@@ -162,7 +162,7 @@ def pick_tile(spec: Spec, batch_invariant: bool, device: Device) -> Tile | None:
 
     Columns never show in the bits of a result; the number of splits does, so `batch_invariant` fixes it.
     """
-    if spec.dtype == "float32" or spec.V % 16 or not spec.N * spec.HV:
+    if device.capability < 80 or spec.dtype == "float32" or spec.V % 16 or not spec.N * spec.HV:
         return None
     tiles = [
         tile
@@ -195,11 +195,13 @@ def _fits(tile: Tile, K: int, batch_invariant: bool, device: Device) -> bool:
     return tile.split == (2 if tile.columns <= 32 else 1) or device.shared < 128 << 10
 
 
-def specializations(spec: Spec, multiprocessors: int, shared: int) -> list[tuple[str, dict[str, _cuda_loader.Define]]]:
+def specializations(
+    spec: Spec, multiprocessors: int, shared: int, capability: int
+) -> list[tuple[str, dict[str, _cuda_loader.Define]]]:
     """List the kernels that aligned calls with this `Spec` use on a device with so much shared memory a block."""
-    tile = pick_tile(spec, False, Device(multiprocessors, shared))
+    tile = pick_tile(spec, False, Device(multiprocessors, shared, capability))
     if tile is None:
-        return _cuda_fused_recurrent.specializations(spec, multiprocessors, shared)
+        return _cuda_fused_recurrent.specializations(spec, multiprocessors, shared, capability)
     return _specialize(spec, tile, True)
 
 

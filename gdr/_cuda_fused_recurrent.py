@@ -109,7 +109,9 @@ def run(call: Call) -> None:
         launch.kernel.launch(grid, launch.block, arguments, stream)
 
 
-def specializations(spec: Spec, multiprocessors: int, shared: int) -> list[tuple[str, dict[str, _cuda_loader.Define]]]:
+def specializations(
+    spec: Spec, multiprocessors: int, shared: int, capability: int
+) -> list[tuple[str, dict[str, _cuda_loader.Define]]]:
     """List the kernels that aligned calls with this `Spec` use, in place where it allows that."""
     states = ("initial_state", "final_state")
     one_array = all(

@@ -57,7 +57,7 @@ def _lines(call: Call) -> list[str]:
     kernels: list[tuple[str, dict[str, Any]]] = []
     if backend == "cuda":
         gpu = _warmup.describe_gpu(int(spec.device))
-        kernels = _backends.module(spec).specializations(spec, gpu.multiprocessors, gpu.shared)
+        kernels = _backends.module(spec).specializations(spec, gpu.multiprocessors, gpu.shared, gpu.capability)
     return [
         _problem(spec),
         f"form: {_form(call, [stem for stem, _ in kernels])}",

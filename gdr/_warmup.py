@@ -1,6 +1,6 @@
 """Compiles ahead of time what a pool of states would compile at its first calls.
 
-Each launcher of CUDA kernels has ``specializations(spec, multiprocessors, shared)``: the kernels, as stems and
+Each launcher of CUDA kernels has ``specializations(spec, multiprocessors, shared, capability)``: the kernels, as stems and
 definitions, that a call with this `Spec` and aligned arrays needs on a GPU with so many multiprocessors and so much
 shared memory a block.
 """
@@ -158,7 +158,7 @@ def specializations(specs: list[Spec], gpu: Gpu) -> Iterator[tuple[tuple[Any, ..
     for spec in specs:
         if spec.op not in modules:
             continue
-        for stem, defines in modules[spec.op].specializations(spec, gpu.multiprocessors, gpu.shared):
+        for stem, defines in modules[spec.op].specializations(spec, gpu.multiprocessors, gpu.shared, gpu.capability):
             if gpu.capability >= _cuda_loader.read_source(stem).requires:
                 yield (stem, *sorted(defines.items())), (stem, defines)
 
