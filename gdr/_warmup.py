@@ -1,8 +1,8 @@
 """Compiles ahead of time what a pool of states would compile at its first calls.
 
-Each launcher of CUDA kernels has ``specializations(spec, multiprocessors, shared, capability)``: the kernels, as stems and
-definitions, that a call with this `Spec` and aligned arrays needs on a GPU with so many multiprocessors and so much
-shared memory a block.
+Each launcher of CUDA kernels has ``specializations(spec, multiprocessors, shared, capability)``: the kernels, as stems
+and definitions, that a call with this `Spec` and aligned arrays needs on a GPU with so many multiprocessors, so much
+shared memory a block and this compute capability.
 """
 
 from __future__ import annotations
