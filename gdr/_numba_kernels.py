@@ -426,15 +426,18 @@ def run_heads(
         if bos == eos and (same or not has_final):
             continue
         single = eos - bos == 1
-        direct = has_final and _viewable(final, q) and (not transposed or single)
+        # One token of a transposed state is taken row by row, wherever the state lies: where it lies may
+        # change the way to it, and must not change the bits.
+        by_rows = transposed and single
+        direct = has_final and _viewable(final, q) and (not transposed or by_rows)
         if direct and has_initial and not same:
             final[end : end + K * V] = initial[start : start + K * V]
         elif direct and not has_initial:
             final[end : end + K * V] = 0
         if not direct:
-            h = space.reshape(K, V)
+            h = space.reshape(V, K) if by_rows else space.reshape(K, V)
             if has_initial:
-                _copy_in(h, initial, start, transposed)
+                _copy_in(h, initial, start, transposed and not by_rows)
             else:
                 h[:] = 0
         elif transposed:
@@ -451,12 +454,12 @@ def run_heads(
                 else:
                     decays[t - t0], betas[t - t0] = math.exp(np.float64(a[t, hv])), b[t, hv]
             update = has_final or t1 < eos
-            if direct and transposed:
+            if by_rows:
                 _tile_transposed(h, q, k, v, decays, betas, out, t0, hk, hv, scale, l2norm, update, x)
             else:
                 _tile(h, q, k, v, decays, betas, out, t0, t1 - t0, hk, hv, scale, l2norm, update, x, r, w)
         if has_final and not direct:
-            _copy_out(final, end, h, transposed)
+            _copy_out(final, end, h, transposed and not by_rows)
 
 
 @_cached(parallel=True)

@@ -304,10 +304,12 @@ def test_nothing_to_do(place, sizes):
     assert_same_bits(h, x.initial_state)
 
 
-def test_disable_state_update(place):
-    x = make_inputs(B=3)
-    want, _ = update(place, x)
-    o, pool = update(place, x, disable_state_update=True)
+@pytest.mark.parametrize("T", [1, 5])
+@pytest.mark.parametrize("layout", ["kv", "vk"])
+def test_disable_state_update(place, T, layout):
+    x = make_inputs(B=3, T=T, K=24, layout=layout)
+    want, _ = update(place, x, state_layout=layout)
+    o, pool = update(place, x, state_layout=layout, disable_state_update=True)
     assert_same_bits(o, want)
     assert_same_bits(pool, x.state)
 
@@ -431,14 +433,17 @@ def test_pool_with_padded_slots(place, state_dtype):
     assert (got[:, 123:] == 7).all()
 
 
-def test_every_operand_strided(place):
-    x = make_inputs(B=3, T=5, H=2, HV=4, K=12, V=8)
-    want_o, want_pool = update(place, x)
+@pytest.mark.parametrize("T", [1, 5])
+@pytest.mark.parametrize("layout", ["kv", "vk"])
+@pytest.mark.parametrize("state_dtype", DTYPES)
+def test_every_operand_strided(place, T, layout, state_dtype):
+    x = make_inputs(B=3, T=T, H=2, HV=4, K=12, V=8, layout=layout, state_dtype=state_dtype)
+    want_o, want_pool = update(place, x, state_layout=layout)
     there = place.inputs(x)
     for name in ("q", "k", "v", "a", "b", "A_log", "dt_bias"):
         setattr(there, name, place.strided(getattr(x, name)))
     pool = place.strided(x.state)
-    o = gdr.fused_sigmoid_gating_delta_rule_update(*raw(there), pool, there.slots)
+    o = gdr.fused_sigmoid_gating_delta_rule_update(*raw(there), pool, there.slots, state_layout=layout)
     assert_same_bits(place.get(o), want_o)
     assert_same_bits(place.get(pool), want_pool)
 
@@ -631,12 +636,13 @@ def test_later_tokens_never_change_earlier_outputs(place):
 
 
 @pytest.mark.parametrize("T", [1, 2, 7, 16, 19])
-def test_appending_tokens_never_changes_earlier_outputs(place, T):
-    x = make_inputs(B=2, T=20, H=2, HV=4)
-    o, _ = update(place, x)
+@pytest.mark.parametrize("layout", ["kv", "vk"])
+def test_appending_tokens_never_changes_earlier_outputs(place, T, layout):
+    x = make_inputs(B=2, T=20, H=2, HV=4, K=24, layout=layout)
+    o, _ = update(place, x, state_layout=layout)
     for name in ("q", "k", "v", "a", "b"):
         setattr(x, name, getattr(x, name)[:, :T])
-    assert_same_bits(update(place, x)[0], o[:, :T])
+    assert_same_bits(update(place, x, state_layout=layout)[0], o[:, :T])
 
 
 @pytest.mark.parametrize("factor", [2.0, -0.25])
