@@ -180,9 +180,8 @@ def _adopt(call: Call, operands: dict[str, Any], names: dict[str, str]) -> None:
         x = operands.get(name)
         if x is not None and not _arrays.library_of(x).writable(x):
             raise ValueError(f"{names.get(name, name)}: is written in place, and this {type(x).__name__} is read-only")
-    for name in OPERANDS:
-        x = getattr(call, name)
-        if x is not None:
+    for name, x in operands.items():
+        if x is not None and type(x) is not np.ndarray:
             setattr(call, name, _arrays.library_of(x).adopt(x))
     if operands.get("final_state") is operands.get("initial_state"):
         call.final_state = call.initial_state
@@ -275,57 +274,51 @@ def _check_values(call: Call, names: dict[str, str]) -> None:
         host = x if on_host else _arrays.library_of(x).to_host(x)
         return np.ascontiguousarray(host, np.int64)
 
-    lengths = np.full(spec.N, spec.T, np.int64)
     cu_seqlens = values("cu_seqlens")
-    if cu_seqlens is not None:
-        said = names.get("cu_seqlens", "cu_seqlens")
-        lengths = np.diff(cu_seqlens)
-        if cu_seqlens[0] != 0 or cu_seqlens[-1] != spec.T or (lengths < 0).any():
-            raise ValueError(
-                f"{said}: expected non-decreasing offsets from 0 to T = {spec.T}, got {_short(cu_seqlens)}"
-            )
     read = values("initial_slots")
     written = read if call.final_slots is call.initial_slots else values("final_slots")
     if on_host:
         call.cu_seqlens, call.initial_slots, call.final_slots = cu_seqlens, read, written
-    for name, slots in (("initial", read), ("final", written)):
-        if slots is None:
-            continue
-        state = f"{name}_state" if f"{name}_state" in spec.shapes else "initial_state"
-        count = spec.shapes[state][0]
-        if slots.size and slots.max() >= count:
+    lengths = [spec.T] * spec.N
+    if cu_seqlens is not None:
+        lengths = np.diff(cu_seqlens).tolist()
+        if cu_seqlens[0] != 0 or cu_seqlens[-1] != spec.T or min(lengths, default=0) < 0:
+            raise ValueError(
+                f"{names.get('cu_seqlens', 'cu_seqlens')}: expected non-decreasing offsets from 0 to T = {spec.T}, "
+                f"got {np.array2string(cu_seqlens, threshold=8, edgeitems=3)}"
+            )
+    # Plain integers: for the few rows of most calls NumPy's own overhead would be larger than the work.
+    sources = list(range(spec.N)) if read is None else read.tolist()
+    targets = sources if written is read else list(range(spec.N)) if written is None else written.tolist()
+    for name, slots, given in (("initial", sources, read), ("final", targets, written)):
+        state = spec.shapes.get(f"{name}_state")
+        if given is not None and state is not None and slots and max(slots) >= state[0]:
             said = names.get(f"{name}_slots", f"{name}_slots")
-            raise IndexError(f"{said}: expected slots below {count}, got {slots.max()}")
-    if call.final_state is None or written is None:
-        return
-    rows = np.arange(spec.N) if read is None else read
-    writes = (rows >= 0) & (written >= 0) & ((lengths > 0) | (rows != written))
-    _check_conflicts(call, rows, written, writes, names)
+            raise IndexError(f"{said}: expected slots below {state[0]}, got {max(slots)}")
+    if call.final_state is not None and written is not None:
+        _check_conflicts(call, sources, targets, lengths, names)
 
 
 def _check_conflicts(
-    call: Call, read: np.ndarray, written: np.ndarray, writes: np.ndarray, names: dict[str, str]
+    call: Call, sources: list[int], targets: list[int], lengths: list[int], names: dict[str, str]
 ) -> None:
+    """Refuse a slot that two rows write, or that one row writes and another one reads."""
     said = names.get("final_slots", "final_slots")
     if call.final_slots is call.initial_slots:
         said = names.get("initial_slots", said)
-    targets = written[writes]
-    unique, counts = np.unique(targets, return_counts=True)
-    if unique.size != targets.size:
-        slot = int(unique[counts > 1][0])
-        rows = np.flatnonzero(writes & (written == slot))
-        raise ValueError(f"{said}: expected every slot written once, got slot {slot} in rows {rows.tolist()}")
-    if call.final_state is call.initial_state and written is not read:
-        # One row reads what another one writes: the answer would depend on their order.
-        writer = dict(zip(targets.tolist(), np.flatnonzero(writes).tolist(), strict=True))
-        live = (read >= 0) & (written >= 0)
-        for row in np.flatnonzero(live).tolist():
-            if writer.get(int(read[row]), row) != row:
+    writers: dict[int, int] = {}
+    for row, (source, target, length) in enumerate(zip(sources, targets, lengths, strict=True)):
+        if source < 0 or target < 0 or (length == 0 and source == target):
+            continue
+        if target in writers:
+            raise ValueError(
+                f"{said}: expected every slot written once, got slot {target} in rows {[writers[target], row]}"
+            )
+        writers[target] = row
+    if call.final_state is call.initial_state and targets is not sources:
+        # The answer would depend on which of the two rows comes first.
+        for row, (source, target) in enumerate(zip(sources, targets, strict=True)):
+            if source >= 0 and target >= 0 and writers.get(source, row) != row:
                 raise ValueError(
-                    f"{said}: slot {int(read[row])} is written by row {writer[int(read[row])]} "
-                    f"and read by row {row} of the same call"
+                    f"{said}: slot {source} is written by row {writers[source]} and read by row {row} of the same call"
                 )
-
-
-def _short(x: np.ndarray) -> str:
-    return np.array2string(x, threshold=8, edgeitems=3)

@@ -151,7 +151,7 @@ def _spans(lengths: list[int], first: int, last: int) -> Iterator[tuple[int, int
 def _normalise(kq: np.ndarray, l2norm: bool, scale: float) -> None:
     """Divide keys and queries ``[..., 2, K]`` by their norms if asked, and scale the queries; in place."""
     if l2norm:
-        weights = np.matmul(kq[..., None, :], kq[..., None])[..., 0]
+        weights = np.einsum("...k,...k->...", kq, kq)[..., None]
         weights += kq.dtype.type(L2_EPS)
         np.sqrt(weights, out=weights)
         np.divide(1, weights, out=weights)

@@ -21,10 +21,15 @@ def gates(call: Call) -> tuple[np.ndarray, np.ndarray]:
         return np.ascontiguousarray(call.g, dtype), np.ascontiguousarray(call.beta, dtype)
     # Contiguous copies first: NumPy's vector loops and its strided ones may differ in the last bit.
     x = np.ascontiguousarray(call.a, dtype) + np.asarray(call.dt_bias, dtype)
+    beta = np.negative(np.ascontiguousarray(call.b, dtype))
     with np.errstate(all="ignore"):  # exp overflows to inf, whose reciprocal is the right limit; NaN goes through
-        beta = 1 / (1 + np.exp(-np.ascontiguousarray(call.b, dtype)))
-        softplus = np.logaddexp(dtype.type(0), x * dtype.type(call.softplus_beta)) / dtype.type(call.softplus_beta)
-        softplus = np.where(x * call.softplus_beta <= call.softplus_threshold, softplus, x)
-        g = -np.exp(np.asarray(call.A_log, dtype)) * softplus
+        np.exp(beta, out=beta)
+        beta += 1
+        np.divide(1, beta, out=beta)
+        scaled = x * dtype.type(call.softplus_beta)
+        g = np.logaddexp(dtype.type(0), scaled)
+        g /= dtype.type(call.softplus_beta)
+        np.copyto(g, x, where=~(scaled <= call.softplus_threshold))
+        g *= -np.exp(np.asarray(call.A_log, dtype))
     shape = (call.spec.B, call.spec.T, call.spec.HV)
-    return np.ascontiguousarray(g.reshape(shape)), np.ascontiguousarray(beta.reshape(shape))
+    return g.reshape(shape), beta.reshape(shape)

@@ -94,7 +94,7 @@ def blocks_of(spec: Shape, read: np.ndarray, write: np.ndarray, counts: np.ndarr
     groups: list[tuple[Slots, Slots, Slots, int]] = []
     n = read.size
     if _state_bytes(spec) < GATHER_BYTES:
-        for count in np.unique(counts).tolist():
+        for count in sorted(set(counts.tolist())):
             rows = np.flatnonzero(counts == count)
             groups.append((rows, read[rows], write[rows], count))
     else:
