@@ -411,6 +411,7 @@ def run_heads(
     w = np.empty(TILE, np.float64)
     decays, betas = np.empty(TILE, np.float64), np.empty(TILE, np.float64)
     space = np.empty(K * V, q.dtype)
+    columns = np.empty(K * V if transposed else 0, q.dtype)
     scale = number(scale)
     for unit in range(first, last):
         n, hv = unit // HV, unit % HV
@@ -425,27 +426,27 @@ def run_heads(
         same = in_place and start == end
         if bos == eos and (same or not has_final):
             continue
-        single = eos - bos == 1
-        # One token of a transposed state is taken row by row, wherever the state lies: where it lies may
-        # change the way to it, and must not change the bits.
-        by_rows = transposed and single
-        direct = has_final and _viewable(final, q) and (not transposed or by_rows)
+        # The first token of a transposed state is taken row by row, wherever the state lies and whatever
+        # follows: neither may change its bits.
+        by_rows = transposed and bos < eos
+        direct = has_final and _viewable(final, q) and (not transposed or eos - bos == 1)
         if direct and has_initial and not same:
             final[end : end + K * V] = initial[start : start + K * V]
         elif direct and not has_initial:
             final[end : end + K * V] = 0
-        if not direct:
+        if direct and transposed:
+            h = _view(final, space, end, V, K)
+        elif direct:
+            h = _view(final, space, end, K, V)
+        else:
             h = space.reshape(V, K) if by_rows else space.reshape(K, V)
             if has_initial:
                 _copy_in(h, initial, start, transposed and not by_rows)
             else:
                 h[:] = 0
-        elif transposed:
-            h = _view(final, space, end, V, K)
-        else:
-            h = _view(final, space, end, K, V)
-        for t0 in range(bos, eos, tile):
-            t1 = min(t0 + tile, eos)
+        t0 = bos
+        while t0 < eos:
+            t1 = t0 + 1 if by_rows else min(t0 + tile, eos)
             for t in range(t0, t1):
                 if raw:
                     decays[t - t0], betas[t - t0] = _gate(
@@ -458,6 +459,11 @@ def run_heads(
                 _tile_transposed(h, q, k, v, decays, betas, out, t0, hk, hv, scale, l2norm, update, x)
             else:
                 _tile(h, q, k, v, decays, betas, out, t0, t1 - t0, hk, hv, scale, l2norm, update, x, r, w)
+            t0 = t1
+            if by_rows and t0 < eos:
+                h = columns.reshape(K, V)
+                _copy_in(h, space, 0, True)
+                by_rows = False
         if has_final and not direct:
             _copy_out(final, end, h, transposed and not by_rows)
 
