@@ -87,7 +87,8 @@ struct Rows {
     }
 };
 
-__device__ __forceinline__ void fill_keys(const Params& p, Shared& sm, const Sequence& seq, i64 start, int h, char* global) {
+__device__ __forceinline__ void fill_keys(const Params& p, Shared& sm, const Sequence& seq, i64 start, int h,
+                                          char* global) {
     constexpr int kBatch = kKeys <= 128 ? 2 : 1;  // groups in flight
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
 #pragma unroll 1
@@ -107,15 +108,18 @@ __device__ __forceinline__ void fill_keys(const Params& p, Shared& sm, const Seq
 
 // The running sum of the log decays and the write strengths of one value head, by one warp. Tokens past the end of
 // the sequence neither decay nor write.
-__device__ __forceinline__ void fill_gates(const Params& p, Sum* G, float* beta, const Sequence& seq, i64 start, int hv) {
+__device__ __forceinline__ void fill_gates(const Params& p, Sum* G, float* beta, const Sequence& seq, i64 start,
+                                           int hv) {
     const int lane = threadIdx.x % 32;
     u32 a[2], b[2], A_log = 0, dt_bias = 0;  // loads first, then arithmetic
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
         const i64 token = seq.first + start + 2 * lane + i;
         if (start + 2 * lane + i >= seq.length) continue;
-        a[i] = load_bits(p.a_type, p.a, seq.batch * p.a_strides.batch + token * p.a_strides.token + hv * p.a_strides.head);
-        b[i] = load_bits(p.b_type, p.b, seq.batch * p.b_strides.batch + token * p.b_strides.token + hv * p.b_strides.head);
+        a[i] =
+            load_bits(p.a_type, p.a, seq.batch * p.a_strides.batch + token * p.a_strides.token + hv * p.a_strides.head);
+        b[i] =
+            load_bits(p.b_type, p.b, seq.batch * p.b_strides.batch + token * p.b_strides.token + hv * p.b_strides.head);
     }
     if constexpr (kRawGates) {
         A_log = load_bits(p.A_log_type, p.A_log, hv * p.A_log_stride);
@@ -152,7 +156,8 @@ using Products = Tile[kRows + 1];
 __device__ __forceinline__ void multiply(const Shared& sm, Products& x) {
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, last = max(warp, kRows - 1 - warp);
     const u32 K = shared_address(sm.K), Q = shared_address(sm.Q);
-    const u32 k_rows = K + key_block(warp, 0) + by_tokens(lane), q_rows = Q + key_block(kRows - 1 - warp, 0) + by_tokens(lane);
+    const u32 k_rows = K + key_block(warp, 0) + by_tokens(lane),
+              q_rows = Q + key_block(kRows - 1 - warp, 0) + by_tokens(lane);
 #pragma unroll
     for (int j = 0; j <= kRows; ++j) x[j].clear();
 #pragma unroll 2
@@ -217,7 +222,8 @@ __device__ __forceinline__ void invert_diagonal(const float (&L)[16][20], char* 
     if (lane < 16) {
 #pragma unroll
         for (int i = 0; i < 16; ++i)
-            *reinterpret_cast<u16*>(X + (i / 8 * 2 + column / 8) * 128 + i % 8 * 16 + column % 8 * 2) = to_bits<Op::kType>(x[i]);
+            *reinterpret_cast<u16*>(X + (i / 8 * 2 + column / 8) * 128 + i % 8 * 16 + column % 8 * 2) =
+                to_bits<Op::kType>(x[i]);
     }
 }
 
@@ -325,7 +331,8 @@ extern "C" __global__ void __launch_bounds__(32 * kWarps, 4) chunk_prepare(const
     const i64 start = static_cast<i64>(chunk) * kC;
 
     char* key_tiles = p.key_tiles + (static_cast<i64>(slot) * p.H + h) * (2 * kKeyTileBytes);
-    HeadTile* head_tiles = reinterpret_cast<HeadTile*>(p.head_tiles) + static_cast<i64>(slot) * (p.H * p.group) + h * p.group;
+    HeadTile* head_tiles =
+        reinterpret_cast<HeadTile*>(p.head_tiles) + static_cast<i64>(slot) * (p.H * p.group) + h * p.group;
     const int first = part * p.heads_per_block, last = min(first + p.heads_per_block, p.group);
     const int warp = threadIdx.x / 32;
 

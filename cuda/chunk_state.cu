@@ -45,8 +45,8 @@ __device__ __forceinline__ int piece_column8() { return threadIdx.x / 8 % (kColu
 __device__ __forceinline__ void copy_values(const Work& work, Stage& stage, int chunk) {
     const int token = piece_token(), column8 = piece_column8(), tokens = work.tokens(chunk);
     const char* from = work.values + static_cast<i64>(chunk) * kC * work.value_step;
-    char* to = stage.V + (token / 16 * (kColumns / 16) + column8 / 2) * kBlockBytes + column8 % 2 * 256 + token / 8 % 2 * 128 +
-               token % 8 * 16;
+    char* to = stage.V + (token / 16 * (kColumns / 16) + column8 / 2) * kBlockBytes + column8 % 2 * 256 +
+               token / 8 % 2 * 128 + token % 8 * 16;
 #pragma unroll
     for (int i = 0; i < kC / kPieceTokens; ++i) {
         const bool exists = token + i * kPieceTokens < tokens;
@@ -118,14 +118,17 @@ __device__ __forceinline__ void add(Tile& x, const float4 (&y)[2][32], int lane)
 
 __device__ __forceinline__ void give(float4 (&y)[2][32], const Tile& x, int lane) {
 #pragma unroll
-    for (int half = 0; half < 2; ++half) y[half][lane] = make_float4(x.x[half][0], x.x[half][1], x.x[half][2], x.x[half][3]);
+    for (int half = 0; half < 2; ++half)
+        y[half][lane] = make_float4(x.x[half][0], x.x[half][1], x.x[half][2], x.x[half][3]);
 }
 
 template <class Refill>
-__device__ __forceinline__ void do_chunk(const Work& work, Shared& sm, const Stage& stage, State& S, int chunk, Refill&& refill) {
+__device__ __forceinline__ void do_chunk(const Work& work, Shared& sm, const Stage& stage, State& S, int chunk,
+                                         Refill&& refill) {
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, split = warp % kSplit, row = warp / kSplit;
     const u32 K = shared_address(stage.K) + key_block(0, split * kWarpKeyBlocks);
-    const u32 Q = K + kKeyTileBytes, T = shared_address(stage.head.T) + in_order(lane), P = shared_address(stage.head.P) + in_order(lane);
+    const u32 Q = K + kKeyTileBytes, T = shared_address(stage.head.T) + in_order(lane),
+              P = shared_address(stage.head.P) + in_order(lane);
 
     Tile X[kRows], Y[kRows];  // X by tokens, Y in the warp's order
     {
@@ -133,7 +136,8 @@ __device__ __forceinline__ void do_chunk(const Work& work, Shared& sm, const Sta
 #pragma unroll
         for (int k = 0; k < kWarpKeyBlocks; ++k) {
             left[k][0] = Op::pack(S[2 * k][0], S[2 * k][1]), left[k][1] = Op::pack(S[2 * k][2], S[2 * k][3]);
-            left[k][2] = Op::pack(S[2 * k + 1][0], S[2 * k + 1][1]), left[k][3] = Op::pack(S[2 * k + 1][2], S[2 * k + 1][3]);
+            left[k][2] = Op::pack(S[2 * k + 1][0], S[2 * k + 1][1]),
+            left[k][3] = Op::pack(S[2 * k + 1][2], S[2 * k + 1][3]);
         }
 #pragma unroll
         for (int i = 0; i < kRows; ++i) {
@@ -184,11 +188,12 @@ __device__ __forceinline__ void do_chunk(const Work& work, Shared& sm, const Sta
 #pragma unroll
     for (int i = 0; i < kRows; ++i) {
         u32 v[4];
-        load_matrices_transposed(shared_address(stage.V) + (i * (kColumns / 16) + row) * kBlockBytes + in_order(lane), v);
+        load_matrices_transposed(shared_address(stage.V) + (i * (kColumns / 16) + row) * kBlockBytes + in_order(lane),
+                                 v);
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
             const float2 d = *reinterpret_cast<const float2*>(&stage.head.d[i * 16 + half * 8 + lane % 4 * 2]);
-            float(&x)[4] = X[i].x[half];
+            float (&x)[4] = X[i].x[half];
             const float2 top = values_of(v[half]), bottom = values_of(v[half + 2]);
             W[i][half * 2] = Op::pack(fmaf(-d.x, x[0], top.x), fmaf(-d.y, x[1], top.y));
             W[i][half * 2 + 1] = Op::pack(fmaf(-d.x, x[2], bottom.x), fmaf(-d.y, x[3], bottom.y));
@@ -213,8 +218,9 @@ __device__ __forceinline__ void do_chunk(const Work& work, Shared& sm, const Sta
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
             const float2 e = *reinterpret_cast<const float2*>(&stage.head.e[i * 16 + half * 8 + lane % 4 * 2]);
-            float(&u)[4] = U[i].x[half];
-            decayed[i][half * 2] = Op::pack(u[0] * e.x, u[1] * e.y), decayed[i][half * 2 + 1] = Op::pack(u[2] * e.x, u[3] * e.y);
+            float (&u)[4] = U[i].x[half];
+            decayed[i][half * 2] = Op::pack(u[0] * e.x, u[1] * e.y),
+                              decayed[i][half * 2 + 1] = Op::pack(u[2] * e.x, u[3] * e.y);
         }
     }
 
@@ -242,8 +248,9 @@ __device__ __forceinline__ void do_chunk(const Work& work, Shared& sm, const Sta
         const int block = token_block(split, i);
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
-            const float2 d = *reinterpret_cast<const float2*>(&stage.head.scaled_d[block * 16 + half * 8 + lane % 4 * 2]);
-            float(&y)[4] = Y[i].x[half];
+            const float2 d =
+                *reinterpret_cast<const float2*>(&stage.head.scaled_d[block * 16 + half * 8 + lane % 4 * 2]);
+            float (&y)[4] = Y[i].x[half];
             y[0] *= d.x, y[1] *= d.y, y[2] *= d.x, y[3] *= d.y;
         }
 #pragma unroll

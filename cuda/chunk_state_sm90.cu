@@ -130,7 +130,8 @@ struct Decays {
     __device__ __forceinline__ void load(const float* from) {
         const int lane = threadIdx.x % 32;
 #pragma unroll
-        for (int i = 0; i < kC / 8; ++i) x[i / 2][i % 2] = *reinterpret_cast<const float2*>(from + i * 8 + lane % 4 * 2);
+        for (int i = 0; i < kC / 8; ++i)
+            x[i / 2][i % 2] = *reinterpret_cast<const float2*>(from + i * 8 + lane % 4 * 2);
     }
 };
 
@@ -148,7 +149,8 @@ __device__ __forceinline__ void compute(const Params& p, const Work& work, Share
 #pragma unroll
         for (int k = 0; k < kWarpKeyBlocks; ++k) {
             left[k][0] = Op::pack(S[2 * k][0], S[2 * k][1]), left[k][1] = Op::pack(S[2 * k][2], S[2 * k][3]);
-            left[k][2] = Op::pack(S[2 * k + 1][0], S[2 * k + 1][1]), left[k][3] = Op::pack(S[2 * k + 1][2], S[2 * k + 1][3]);
+            left[k][2] = Op::pack(S[2 * k + 1][0], S[2 * k + 1][1]),
+            left[k][3] = Op::pack(S[2 * k + 1][2], S[2 * k + 1][3]);
         }
         sm.full[stage_index].wait(parity);
 
@@ -169,14 +171,15 @@ __device__ __forceinline__ void compute(const Params& p, const Work& work, Share
         u32 V[kRows][4], W[kRows][4];
 #pragma unroll
         for (int i = 0; i < kRows; ++i)
-            load_matrices_transposed(shared_address(stage.V) + (i * (kColumns / 16) + row) * kBlockBytes + in_order(lane), V[i]);
+            load_matrices_transposed(
+                shared_address(stage.V) + (i * (kColumns / 16) + row) * kBlockBytes + in_order(lane), V[i]);
         wait_products<1>();
         pin(X);
 #pragma unroll
         for (int i = 0; i < kC / 8; ++i) {
             const int half = i % 2;
             const float2 decay = d.x[i / 2][half];
-            const float(&x)[4] = X[i / 2].x[half];
+            const float (&x)[4] = X[i / 2].x[half];
             const float2 top = values_of(V[i / 2][half]), bottom = values_of(V[i / 2][half + 2]);
             W[i / 2][half * 2] = Op::pack(fmaf(-decay.x, x[0], top.x), fmaf(-decay.y, x[1], top.y));
             W[i / 2][half * 2 + 1] = Op::pack(fmaf(-decay.x, x[2], bottom.x), fmaf(-decay.y, x[3], bottom.y));
@@ -198,7 +201,7 @@ __device__ __forceinline__ void compute(const Params& p, const Work& work, Share
         for (int i = 0; i < kC / 8; ++i) {
             const int half = i % 2;
             const float2 decay = e.x[i / 2][half];
-            const float(&u)[4] = U[i / 2].x[half];
+            const float (&u)[4] = U[i / 2].x[half];
             decayed[i / 2][half * 2] = Op::pack(u[0] * decay.x, u[1] * decay.y);
             decayed[i / 2][half * 2 + 1] = Op::pack(u[2] * decay.x, u[3] * decay.y);
         }
@@ -213,7 +216,7 @@ __device__ __forceinline__ void compute(const Params& p, const Work& work, Share
             U[i].pack<Op>(plain[i]);
 #pragma unroll
             for (int half = 0; half < 2; ++half) {
-                float(&y)[4] = Y[i].x[half];
+                float (&y)[4] = Y[i].x[half];
                 y[0] *= d.x[i][half].x, y[1] *= d.x[i][half].y, y[2] *= d.x[i][half].x, y[3] *= d.x[i][half].y;
             }
         }

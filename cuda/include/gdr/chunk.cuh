@@ -24,8 +24,8 @@ namespace gdr {
 
 constexpr __host__ __device__ int ceil_div(int x, int y) { return (x + y - 1) / y; }
 
-constexpr int kC = 64;           // tokens of a chunk
-constexpr int kRows = kC / 16;   // blocks of 16 tokens
+constexpr int kC = 64;          // tokens of a chunk
+constexpr int kRows = kC / 16;  // blocks of 16 tokens
 constexpr int kQkv = GDR_QKV, kInitial = GDR_INITIAL, kFinal = GDR_FINAL;
 constexpr int kK = GDR_K, kV = GDR_V;
 constexpr int kKeys = ceil_div(kK, 64) * 64;  // K, filled up with zeros
@@ -56,7 +56,7 @@ struct Params {
     const float4* carried_in;
     float4* carried_out;
     float scale, softplus_beta, softplus_threshold;
-    int first_chunk, last_chunk;   // this launch does chunks [first, last)
+    int first_chunk, last_chunk;  // this launch does chunks [first, last)
     TokenStrides q_strides, k_strides, v_strides, out_strides, a_strides, b_strides;
     StateStrides initial_strides, final_strides;
     i64 A_log_stride, dt_bias_stride;
@@ -80,8 +80,12 @@ constexpr __host__ __device__ int key_block(int token_block, int key_block) {
     return key_block * 2 * kKeyStep + token_block * 2 * kMatrixBytes;
 }
 // A lane's offset in a block of 16 tokens x 16 keys whose matrices are read by tokens or by keys first.
-__device__ __forceinline__ u32 by_tokens(int lane) { return (lane & 8) * 16 + (lane & 16) * (kKeyStep / 16) + (lane & 7) * 16; }
-__device__ __forceinline__ u32 by_keys(int lane) { return (lane & 8) * (kKeyStep / 8) + (lane & 16) * 8 + (lane & 7) * 16; }
+__device__ __forceinline__ u32 by_tokens(int lane) {
+    return (lane & 8) * 16 + (lane & 16) * (kKeyStep / 16) + (lane & 7) * 16;
+}
+__device__ __forceinline__ u32 by_keys(int lane) {
+    return (lane & 8) * (kKeyStep / 8) + (lane & 16) * 8 + (lane & 7) * 16;
+}
 
 // T, P and decays of a chunk and value head. Of T and P, blocks (i, j) with j <= i, column after column: rows are
 // tokens t of block i, columns tokens s of block j. The matrices of a block of P: (t 0-7, s 0-7), (t 0-7, s 8-15),
@@ -152,7 +156,8 @@ __device__ __forceinline__ int find_owner(const Params& p, int chunk) {
     }
 }
 
-__device__ __forceinline__ const char* token_row(const void* base, const TokenStrides& s, const Sequence& seq, i64 t, int head) {
+__device__ __forceinline__ const char* token_row(const void* base, const TokenStrides& s, const Sequence& seq, i64 t,
+                                                 int head) {
     return at(base, kQkv, seq.batch * s.batch + (seq.first + t) * s.token + head * s.head);
 }
 

@@ -42,7 +42,8 @@ struct Work {
 using State = float[kWarpKeys / 8][4];
 
 template <int kType, class Visit>
-__device__ __forceinline__ void for_each(const StateStrides& strides, i64 slot, int hv, int column, int first_key, Visit&& visit) {
+__device__ __forceinline__ void for_each(const StateStrides& strides, i64 slot, int hv, int column, int first_key,
+                                         Visit&& visit) {
     const int lane = threadIdx.x % 32;
     const i64 base = slot * strides.slot + hv * strides.head;
 #pragma unroll
@@ -56,20 +57,23 @@ __device__ __forceinline__ void for_each(const StateStrides& strides, i64 slot, 
 }
 
 template <int kType>
-__device__ __forceinline__ void read_state(State& S, const void* from, const StateStrides& strides, i64 slot, int hv, int column, int first_key) {
-    for_each<kType>(strides, slot, hv, column, first_key, [&](int j, int i, i64 index) {
-        S[j][i] = value_of(kType, load_bits(kType, from, index));
-    });
+__device__ __forceinline__ void read_state(State& S, const void* from, const StateStrides& strides, i64 slot, int hv,
+                                           int column, int first_key) {
+    for_each<kType>(strides, slot, hv, column, first_key,
+                    [&](int j, int i, i64 index) { S[j][i] = value_of(kType, load_bits(kType, from, index)); });
 }
 
 template <int kType>
-__device__ __forceinline__ void write_state(const State& S, void* to, const StateStrides& strides, i64 slot, int hv, int column, int first_key) {
-    for_each<kType>(strides, slot, hv, column, first_key, [&](int j, int i, i64 index) { store<kType>(to, index, S[j][i]); });
+__device__ __forceinline__ void write_state(const State& S, void* to, const StateStrides& strides, i64 slot, int hv,
+                                            int column, int first_key) {
+    for_each<kType>(strides, slot, hv, column, first_key,
+                    [&](int j, int i, i64 index) { store<kType>(to, index, S[j][i]); });
 }
 
 // Where this thread's part of a state lies between launches.
 __device__ __forceinline__ i64 carried_index(const Work& work, int j) {
-    const i64 warp = (static_cast<i64>(work.hv) * (kV / kColumns) + work.first_column / kColumns) * kWarps + threadIdx.x / 32;
+    const i64 warp =
+        (static_cast<i64>(work.hv) * (kV / kColumns) + work.first_column / kColumns) * kWarps + threadIdx.x / 32;
     return (warp * (kWarpKeys / 8) + j) * 32 + threadIdx.x % 32;
 }
 
@@ -83,7 +87,8 @@ __device__ __forceinline__ float2 values_of(u32 pair) {
 
 // An accumulator's 16 columns x 8 tokens as pairs of tokens of one column, in the outputs' type.
 __device__ __forceinline__ void pack_pairs(const float (&o)[4], u32 (&pairs)[2]) {
-    pairs[0] = Operand<kQkv == kBFloat16>::pack(o[0], o[1]), pairs[1] = Operand<kQkv == kBFloat16>::pack(o[2], o[3]);
+    pairs[0] = Operand < kQkv == kBFloat16 > ::pack(o[0], o[1]),
+    pairs[1] = Operand < kQkv == kBFloat16 > ::pack(o[2], o[3]);
 }
 
 // Stores them, transposed to pairs of columns of one token; `to` is this thread's place in its token's row.
@@ -95,14 +100,16 @@ __device__ __forceinline__ void store_pairs(char* to, const u32 (&pairs)[2], boo
         if constexpr (kAligned) {
             if (exists) *reinterpret_cast<u32*>(at) = pair;
         } else if (exists) {
-            reinterpret_cast<u16*>(at)[0] = static_cast<u16>(pair), reinterpret_cast<u16*>(at)[1] = static_cast<u16>(pair >> 16);
+            reinterpret_cast<u16*>(at)[0] = static_cast<u16>(pair),
+            reinterpret_cast<u16*>(at)[1] = static_cast<u16>(pair >> 16);
         }
     }
 }
 
 __device__ __forceinline__ void zero_output(const Params& p, const Work& work) {
     for (i64 t = 0; t < work.seq.length; ++t) {
-        const i64 row = work.seq.batch * p.out_strides.batch + (work.seq.first + t) * p.out_strides.token + work.hv * p.out_strides.head;
+        const i64 row = work.seq.batch * p.out_strides.batch + (work.seq.first + t) * p.out_strides.token +
+                        work.hv * p.out_strides.head;
         for (int i = threadIdx.x; i < kColumns; i += kThreads) store<kQkv>(p.out, row + work.first_column + i, 0.f);
     }
 }
@@ -116,7 +123,9 @@ __device__ __forceinline__ i64 find_slot(const void* slots, bool wide, i64 rows,
 // ---- The walk.
 
 // One block after another: columns of a value head, value heads of a sequence, sequences.
-__device__ __forceinline__ int block_sequence(const Params& p) { return blockIdx.x / (p.H * p.group * (kV / kColumns)); }
+__device__ __forceinline__ int block_sequence(const Params& p) {
+    return blockIdx.x / (p.H * p.group * (kV / kColumns));
+}
 
 // The slots of the sequence's states before and after, -1 where one lies outside its array.
 __device__ __forceinline__ i64 slot_before(const Params& p) {
@@ -152,8 +161,9 @@ __device__ __forceinline__ void find_tokens(const Params& p, Work& work, int tok
     const Sequence& seq = work.seq;
     work.values = token_row(p.v, p.v_strides, seq, token < seq.length ? token : 0, work.hv) +
                   (work.first_column + column8 * 8) * kValueBytes;
-    work.outputs = at(p.out, kQkv, seq.batch * p.out_strides.batch + (seq.first + threadIdx.x % 32 / 4) * p.out_strides.token +
-                                       work.hv * p.out_strides.head + column + threadIdx.x % 4 * 2);
+    work.outputs = at(p.out, kQkv,
+                      seq.batch * p.out_strides.batch + (seq.first + threadIdx.x % 32 / 4) * p.out_strides.token +
+                          work.hv * p.out_strides.head + column + threadIdx.x % 4 * 2);
 }
 
 __device__ __forceinline__ void load_state(const Params& p, const Work& work, State& S, int column, int first_key) {
@@ -173,7 +183,8 @@ __device__ __forceinline__ void load_state(const Params& p, const Work& work, St
     }
 }
 
-__device__ __forceinline__ void save_state(const Params& p, const Work& work, const State& S, int column, int first_key) {
+__device__ __forceinline__ void save_state(const Params& p, const Work& work, const State& S, int column,
+                                           int first_key) {
     if (work.last < work.seq.chunks) {
 #pragma unroll
         for (int j = 0; j < kWarpKeys / 8; ++j)
@@ -181,7 +192,9 @@ __device__ __forceinline__ void save_state(const Params& p, const Work& work, co
     } else if constexpr (kHasFinal) {
         // Without tokens a state moves only where it is read and written in different places.
         const i64 from = slot_before(p), to = slot_after(p);
-        const void* read = kHasInitial ? at(p.initial_state, kInitial < 0 ? kFloat32 : kInitial, from * p.initial_strides.slot) : nullptr;
+        const void* read = kHasInitial
+                               ? at(p.initial_state, kInitial < 0 ? kFloat32 : kInitial, from * p.initial_strides.slot)
+                               : nullptr;
         if (work.seq.chunks > 0 || read != at(p.final_state, kFinal, to * p.final_strides.slot))
             write_state<kFinal>(S, p.final_state, p.final_strides, to, work.hv, column, first_key);
     }
