@@ -76,6 +76,10 @@ def _thousands(value: Any) -> str:
     return f"{value:,}" if isinstance(value, int) else str(value)
 
 
+def _time(us: float) -> str:
+    return f"{us:.3g} us" if us < 1e3 else f"{us / 1e3:,.3g} ms" if us < 1e5 else f"{us / 1e3:,.0f} ms"
+
+
 def page() -> str:
     """A section for each machine that was measured."""
     parts = []
@@ -137,7 +141,7 @@ def _performance(rows: list[dict[str, Any]]) -> Figure:
             if impl in times:
                 y = i * (len(impls) + 1) + j
                 axis.barh(y, times[impl] / best, color=colors[impl], label=impl if i == 0 else None)
-                axis.text(times[impl] / best, y, f" {times[impl]:.4g} us", va="center", fontsize=7)
+                axis.text(times[impl] / best, y, f" {_time(times[impl])}", va="center", fontsize=7)
     axis.set_yticks([i * (len(impls) + 1) + (len(impls) - 1) / 2 for i in range(len(cases))], cases, fontsize=8)
     axis.set(xlabel="time, relative to the fastest of the case (shorter is better)")
     axis.invert_yaxis()
