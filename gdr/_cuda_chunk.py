@@ -7,11 +7,11 @@ compute capability 8.0; and tiles that do not fit a block's shared memory (K abo
 
 from __future__ import annotations
 
-from functools import cache
 from typing import Any, NamedTuple
 
 from gdr import _arrays, _cuda_fused_recurrent, _cuda_loader
 from gdr._cuda_fused_recurrent import TYPES
+from gdr._cuda_loader import Gpu, describe_gpu
 from gdr._inputs import Call
 from gdr._spec import Spec
 
@@ -49,21 +49,13 @@ class Tile(NamedTuple):
         return _align(self.stages * (stage + (16 if self.warpgroups else 8)), 16) + exchange
 
 
-class Device(NamedTuple):
-    """What of a device decides how a call is cut up."""
-
-    multiprocessors: int
-    shared: int  # bytes a block may have
-    capability: int  # 90 for 9.0
-
-
 class Plan:
     """What every call with one `Spec` shares."""
 
     def __init__(self, spec: Spec, tile: Tile) -> None:
         self.spec, self.tile = spec, tile
         self.raw = spec.gates == "raw"
-        device = _device(int(spec.device))
+        device = describe_gpu(int(spec.device))
         self.chunks = count_chunks(spec)
         self.key_tiles = spec.H * 2 * _key_tile(spec.K)
         per_chunk = self.key_tiles + spec.HV * _HEAD_TILE
@@ -101,7 +93,7 @@ def run(call: Call) -> None:
     key = "chunk, batch invariant" if call.batch_invariant else "chunk"
     plan = spec.plan.get(key)
     if plan is None:
-        tile = pick_tile(spec, call.batch_invariant, _device(int(spec.device)))
+        tile = pick_tile(spec, call.batch_invariant, describe_gpu(int(spec.device)))
         plan = spec.plan[key] = _cuda_fused_recurrent if tile is None else Plan(spec, tile)
     if isinstance(plan, Plan):
         _run(call, plan)
@@ -157,7 +149,7 @@ def count_chunks(spec: Spec) -> int:
     return max(1, spec.N * -(-spec.T // CHUNK))
 
 
-def pick_tile(spec: Spec, batch_invariant: bool, device: Device) -> Tile | None:
+def pick_tile(spec: Spec, batch_invariant: bool, device: Gpu) -> Tile | None:
     """Choose how a block divides a state, or None where the fused recurrence runs instead.
 
     Columns never show in the bits of a result; the number of splits does, so `batch_invariant` fixes it.
@@ -185,7 +177,7 @@ def pick_tile(spec: Spec, batch_invariant: bool, device: Device) -> Tile | None:
     return enough[0] if enough else next(tile for tile in tiles if tile.columns == tiles[-1].columns)
 
 
-def _fits(tile: Tile, K: int, batch_invariant: bool, device: Device) -> bool:
+def _fits(tile: Tile, K: int, batch_invariant: bool, device: Gpu) -> bool:
     if tile.shared(K) > device.shared:
         return False
     if tile.warpgroups:
@@ -195,13 +187,11 @@ def _fits(tile: Tile, K: int, batch_invariant: bool, device: Device) -> bool:
     return tile.split == (2 if tile.columns <= 32 else 1) or device.shared < 128 << 10
 
 
-def specializations(
-    spec: Spec, multiprocessors: int, shared: int, capability: int
-) -> list[tuple[str, dict[str, _cuda_loader.Define]]]:
-    """List the kernels that aligned calls with this `Spec` use on a device with so much shared memory a block."""
-    tile = pick_tile(spec, False, Device(multiprocessors, shared, capability))
+def specializations(spec: Spec, gpu: Gpu) -> list[tuple[str, dict[str, _cuda_loader.Define]]]:
+    """List the kernels that aligned calls with this `Spec` use on a GPU."""
+    tile = pick_tile(spec, False, gpu)
     if tile is None:
-        return _cuda_fused_recurrent.specializations(spec, multiprocessors, shared, capability)
+        return _cuda_fused_recurrent.specializations(spec, gpu)
     return _specialize(spec, tile, True)
 
 
@@ -277,15 +267,3 @@ def _capturing(stream: int) -> bool:
     import cupy
 
     return bool(cupy.cuda.runtime.streamIsCapturing(stream))
-
-
-@cache
-def _device(ordinal: int) -> Device:
-    import cupy
-
-    attributes = cupy.cuda.Device(ordinal).attributes
-    return Device(
-        int(attributes["MultiProcessorCount"]),
-        int(attributes["MaxSharedMemoryPerBlockOptin"]),
-        _cuda_loader.compute_capability(ordinal),
-    )

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Callable
-from functools import cache
 from operator import attrgetter
 from typing import Any, NamedTuple
 
@@ -74,7 +73,7 @@ class Plan:
     def launch(self, variant: tuple[bool, bool, bool]) -> Launch:
         """Compile the kernel for a variant, once."""
         device = int(self.spec.device)
-        tile = pick_tile(self.spec, _multiprocessors(device))
+        tile = pick_tile(self.spec, _cuda_loader.describe_gpu(device).multiprocessors)
         kernel = _cuda_loader.load(*_specialize(self.spec, tile, Variant(*variant)), device)
         blocks = -(-self.spec.V // tile.columns) * (self.spec.HV // self.spec.H)
         launch = self.launches[variant] = Launch(kernel, blocks, (tile.threads, 1, 1))
@@ -109,16 +108,14 @@ def run(call: Call) -> None:
         launch.kernel.launch(grid, launch.block, arguments, stream)
 
 
-def specializations(
-    spec: Spec, multiprocessors: int, shared: int, capability: int
-) -> list[tuple[str, dict[str, _cuda_loader.Define]]]:
+def specializations(spec: Spec, gpu: _cuda_loader.Gpu) -> list[tuple[str, dict[str, _cuda_loader.Define]]]:
     """List the kernels that aligned calls with this `Spec` use, in place where it allows that."""
     states = ("initial_state", "final_state")
     one_array = all(
         spec.initial_dtype and values.get(states[0]) == values.get(states[1])
         for values in (spec.dtypes, spec.shapes, spec.strides)
     )
-    return [_specialize(spec, pick_tile(spec, multiprocessors), Variant(True, True, one_array))]
+    return [_specialize(spec, pick_tile(spec, gpu.multiprocessors), Variant(True, True, one_array))]
 
 
 def _specialize(spec: Spec, tile: Tile, variant: Variant) -> tuple[str, dict[str, _cuda_loader.Define]]:
@@ -239,10 +236,3 @@ def _pointer_of(call: Call) -> Callable[[Any], int]:
     if libraries == {"torch"}:
         return type(call.q).data_ptr
     return attrgetter("data.ptr") if libraries == {"cupy"} else _arrays.pointer
-
-
-@cache
-def _multiprocessors(device: int) -> int:
-    import cupy
-
-    return int(cupy.cuda.Device(device).attributes["MultiProcessorCount"])

@@ -38,8 +38,6 @@ def run(call: Call) -> None:
     kernel.launch((blocks, 1, 1), (_THREADS, 1, 1), _params, call.stream)
 
 
-def specializations(
-    spec: Spec, multiprocessors: int, shared: int, capability: int
-) -> list[tuple[str, dict[str, _cuda_loader.Define]]]:
+def specializations(spec: Spec, gpu: _cuda_loader.Gpu) -> list[tuple[str, dict[str, _cuda_loader.Define]]]:
     """The kernels that a call needs, for ahead-of-time compilation: always the same one."""
     return [("gate", {})]

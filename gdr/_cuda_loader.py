@@ -144,10 +144,24 @@ def _device_count(cupy: Any) -> int:
     return count
 
 
+class Gpu(NamedTuple):
+    """What of a GPU decides which kernels it runs."""
+
+    capability: int  # 90 for 9.0
+    multiprocessors: int
+    shared: int  # bytes of shared memory that a block may have
+
+
 @cache
-def compute_capability(device: int) -> int:
-    """Compute capability of a device as one number, 90 for 9.0."""
-    return int(_import_cupy().cuda.Device(device).compute_capability)
+def describe_gpu(device: int) -> Gpu:
+    """What of a CUDA device decides which kernels it runs."""
+    gpu = _import_cupy().cuda.Device(device)
+    attributes = gpu.attributes
+    return Gpu(
+        int(gpu.compute_capability),
+        int(attributes["MultiProcessorCount"]),
+        int(attributes["MaxSharedMemoryPerBlockOptin"]),
+    )
 
 
 def require_device(device: int) -> Any:
@@ -162,7 +176,7 @@ def require_device(device: int) -> Any:
 
 def _require(what: str, device: int, requires: int) -> None:
     """Refuse a GPU that is older than a kernel asks for."""
-    have = compute_capability(device)
+    have = describe_gpu(device).capability
     if have < requires:
         raise CudaUnavailable(
             f"{what} needs a GPU of compute capability {requires / 10:.1f} or newer; "
@@ -203,7 +217,7 @@ def cuda_status() -> Status:
                 )
             )
         sources()
-        if all(compute_capability(device.ordinal) < OLDEST for device in devices):
+        if all(describe_gpu(device.ordinal).capability < OLDEST for device in devices):
             raise CudaUnavailable(f"no GPU here has compute capability {OLDEST / 10:.1f} or newer")
         cupy.cuda.nvrtc.getVersion()
     except Exception as error:  # whatever a half-installed CUDA raises is the answer
@@ -293,7 +307,7 @@ class Kernel:
         with self._lock:
             if shared > self._dynamic_shared:
                 cupy = _import_cupy()
-                limit = cupy.cuda.Device(self.device).attributes["MaxSharedMemoryPerBlockOptin"]
+                limit = describe_gpu(self.device).shared
                 if shared + self.shared_bytes > limit:
                     raise CudaUnavailable(
                         f"{_describe(self.stem, self.defines)} needs {shared + self.shared_bytes} bytes of "

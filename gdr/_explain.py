@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable
 from typing import Any
 
-from gdr import _backends, _warmup
+from gdr import _backends, _cuda_loader
 from gdr._inputs import Call
 from gdr._spec import Spec
 
@@ -56,8 +56,8 @@ def _lines(call: Call) -> list[str]:
     backend = _backends.backend(spec)
     kernels: list[tuple[str, dict[str, Any]]] = []
     if backend == "cuda":
-        gpu = _warmup.describe_gpu(int(spec.device))
-        kernels = _backends.module(spec).specializations(spec, gpu.multiprocessors, gpu.shared, gpu.capability)
+        gpu = _cuda_loader.describe_gpu(int(spec.device))
+        kernels = _backends.module(spec).specializations(spec, gpu)
     return [
         _problem(spec),
         f"form: {_form(call, [stem for stem, _ in kernels])}",

@@ -1,8 +1,7 @@
 """Compiles ahead of time what a pool of states would compile at its first calls.
 
-Each launcher of CUDA kernels has ``specializations(spec, multiprocessors, shared, capability)``: the kernels, as stems
-and definitions, that a call with this `Spec` and aligned arrays needs on a GPU with so many multiprocessors, so much
-shared memory a block and this compute capability.
+Each launcher of CUDA kernels has ``specializations(spec, gpu)``: the kernels, as stems and definitions, that a call
+with this `Spec` and aligned arrays needs on this GPU.
 """
 
 from __future__ import annotations
@@ -13,8 +12,9 @@ import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from types import ModuleType
-from typing import Any, NamedTuple
+from typing import Any
 
+from gdr import _cuda_loader
 from gdr._arrays import FLOATS
 from gdr._spec import DEVICE_FLOATS, LAYOUTS, MAX_HEAD_DIM, Spec
 
@@ -72,7 +72,7 @@ def warmup(
     >>> import gdr
     >>> done = gdr.warmup(device="cpu")
     """
-    from gdr import _cuda_loader, _inputs
+    from gdr import _inputs
 
     for name, value, most in (("H", H, 2**15), ("HV", HV, 2**15), ("K", K, MAX_HEAD_DIM), ("V", V, MAX_HEAD_DIM)):
         _inputs.check_whole_number(name, value, most)
@@ -97,9 +97,8 @@ def warmup(
 
 
 def _warm_up_cuda(device: int, specs: list[Spec]) -> list[str]:
-    from gdr import _cuda_loader
-
-    wanted = dict(specializations(specs, describe_gpu(device)))
+    _cuda_loader.require_device(device)
+    wanted = dict(specializations(specs, _cuda_loader.describe_gpu(device)))
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
         kernels = pool.map(lambda job: _cuda_loader.load(job[0], job[1], device), wanted.values())
         return [repr(kernel) for kernel in kernels]
@@ -130,35 +129,13 @@ def launchers() -> Iterator[tuple[str, ModuleType]]:
             yield op, importlib.import_module(name)
 
 
-class Gpu(NamedTuple):
-    """What of a GPU decides which kernels it runs."""
-
-    capability: int  # 90 for 9.0
-    multiprocessors: int
-    shared: int  # bytes a block may have
-
-
-def describe_gpu(device: int) -> Gpu:
-    """What of a CUDA device decides which kernels it runs."""
-    from gdr import _cuda_loader
-
-    attributes = _cuda_loader.require_device(device).cuda.Device(device).attributes
-    return Gpu(
-        _cuda_loader.compute_capability(device),
-        attributes["MultiProcessorCount"],
-        attributes["MaxSharedMemoryPerBlockOptin"],
-    )
-
-
-def specializations(specs: list[Spec], gpu: Gpu) -> Iterator[tuple[tuple[Any, ...], Specialization]]:
+def specializations(specs: list[Spec], gpu: _cuda_loader.Gpu) -> Iterator[tuple[tuple[Any, ...], Specialization]]:
     """Yield the kernels of calls on a GPU, each with what identifies it; the same one may come more than once."""
-    from gdr import _cuda_loader
-
     modules = dict(launchers())
     for spec in specs:
         if spec.op not in modules:
             continue
-        for stem, defines in modules[spec.op].specializations(spec, gpu.multiprocessors, gpu.shared, gpu.capability):
+        for stem, defines in modules[spec.op].specializations(spec, gpu):
             if gpu.capability >= _cuda_loader.read_source(stem).requires:
                 yield (stem, *sorted(defines.items())), (stem, defines)
 

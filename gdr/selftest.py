@@ -262,7 +262,8 @@ def _batches(
     place: Place, op: str, most: int, *, T: int, state_dtype: str, packed: bool = False, **call: Any
 ) -> Iterator[int]:
     """Yield numbers of sequences, one for each choice of kernels that a GPU makes."""
-    from gdr._warmup import describe_gpu, doubling, make_spec, specializations
+    from gdr._cuda_loader import describe_gpu
+    from gdr._warmup import doubling, make_spec, specializations
 
     if place.ordinal is None:
         yield 1

@@ -79,7 +79,7 @@ TILES = [(c, s, n, False) for c in (16, 32, 64, 128) for s in (1, 2) for n in (2
 @pytest.mark.parametrize("tile", [*TILES, (64, 1, 2, True), (64, 1, 3, True), (128, 1, 3, True)])
 def test_tiles(tile: tuple[Any, ...], monkeypatch: pytest.MonkeyPatch) -> None:
     tile = cuda_chunk.Tile(*tile)
-    device = cuda_chunk._device(0)
+    device = cuda_chunk.describe_gpu(0)
     if tile.shared(128) > device.shared or (tile.warpgroups and device.capability != 90):
         pytest.skip("not on this GPU")
     monkeypatch.setattr(cuda_chunk, "pick_tile", lambda *_: tile)

@@ -112,9 +112,9 @@ def test_params_are_a_c_struct_of_each_thread() -> None:
 def fake(toy: Path, monkeypatch: pytest.MonkeyPatch) -> FakeCupy:
     cupy = FakeCupy()
     monkeypatch.setattr(loader, "_import_cupy", lambda: cupy)
-    loader.compute_capability.cache_clear()
+    loader.describe_gpu.cache_clear()
     yield cupy
-    loader.compute_capability.cache_clear()
+    loader.describe_gpu.cache_clear()
 
 
 def test_threads_that_want_one_kernel_compile_it_once(fake: FakeCupy) -> None:
@@ -177,7 +177,7 @@ def test_an_old_gpu_is_refused(fake: FakeCupy) -> None:
     with pytest.raises(loader.CudaUnavailable, match=r"gdr needs .* 7\.5 or newer; CUDA device 0 has 7\.0"):
         loader.load("axpy", {}, 0)
     fake.capability = "75"
-    loader.compute_capability.cache_clear()
+    loader.describe_gpu.cache_clear()
     (loader.sources() / "new.cu").write_text("// requires: sm_80\n")
     with pytest.raises(loader.CudaUnavailable, match=r"new needs .* 8\.0 or newer; CUDA device 0 has 7\.5"):
         loader.load("new", {}, 0)

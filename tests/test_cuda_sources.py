@@ -85,7 +85,7 @@ def chunk_specs() -> Iterator[Spec]:
 
 def jobs(specs: Iterable[Spec], arch: int) -> list[Job]:
     """The different kernels that calls choose on a GPU."""
-    return list(dict(warmup.specializations(list(specs), warmup.Gpu(arch, 132, SHARED[arch]))).values())
+    return list(dict(warmup.specializations(list(specs), loader.Gpu(arch, 132, SHARED[arch]))).values())
 
 
 def all_specs() -> list[Spec]:

@@ -13,9 +13,9 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> FakeCupy:
     cupy = FakeCupy()
     monkeypatch.setattr(loader, "_import_cupy", lambda: cupy)
     monkeypatch.setattr(loader, "_kernels", {})
-    loader.compute_capability.cache_clear()
+    loader.describe_gpu.cache_clear()
     yield cupy
-    loader.compute_capability.cache_clear()
+    loader.describe_gpu.cache_clear()
 
 
 def test_on_numpy_there_is_nothing_to_compile(monkeypatch: pytest.MonkeyPatch) -> None:
