@@ -27,7 +27,7 @@ from gdr.fused_recurrent import fused_recurrent_gated_delta_rule
 from gdr.integrations._torch import refuse_grad, with_unit_rows
 from gdr.state import CHUNK_FROM
 
-FIRST_VERSION, LAST_VERSION = (4, 57), (5, 23)
+FIRST_VERSION, LAST_VERSION = (4, 57), (5, 24)
 LAYERS = ("Qwen3NextGatedDeltaNet", "Qwen3_5GatedDeltaNet", "Qwen3_5MoeGatedDeltaNet")
 
 __all__ = ["FIRST_VERSION", "LAST_VERSION", "LAYERS", "patch", "patched", "unpatch"]
@@ -63,7 +63,7 @@ def patch(model: Any) -> Any:
 
     Notes
     -----
-    Tested with transformers 4.57 to 5.23.  Calls that need gradients, and packed sequences (`cu_seq_lens_q`), which
+    Tested with transformers 4.57 to 5.24.  Calls that need gradients, and packed sequences (`cu_seq_lens_q`), which
     the model's own convolution cannot keep apart, are refused when the model runs.
     """
     _check_version(transformers.__version__)
