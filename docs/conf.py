@@ -34,6 +34,7 @@ myst_heading_anchors = 3
 autosummary_generate = True
 numpydoc_show_class_members = False
 autodoc_typehints = "none"
+autodoc_mock_imports = ["torch", "transformers"]  # what the integrations need and this build does not
 autodoc_member_order = "bysource"
 
 html_theme = "pydata_sphinx_theme"
@@ -49,6 +50,7 @@ html_theme_options = {
     "footer_end": [],
     "secondary_sidebar_items": ["page-toc"],
 }
+html_sidebars = {"getting-started": []}  # a section of one page
 html_show_sourcelink = False
 # MathJax, which draws the formulas, lies beside the pages: they load nothing from elsewhere.
 mathjax3_config = {"tex": {"macros": {"T": "^\\mathsf{T}"}}}

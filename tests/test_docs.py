@@ -115,13 +115,51 @@ def test_links_within_the_documentation():
             assert (page.parent / target).exists(), f"{page.name}: {target}"
 
 
-@pytest.mark.slow
-def test_documentation_builds_without_a_warning(tmp_path):
+@pytest.fixture(scope="module")
+def html(tmp_path_factory):
+    """The pages, built with no warning."""
     for name in ("sphinx", "pydata_sphinx_theme", "numpydoc", "myst_parser", "sphinx_design"):
         if importlib.util.find_spec(name) is None:
             pytest.skip("needs the docs extra")
-    html = tmp_path / "html"
-    command = [sys.executable, "-m", "sphinx", "-W", "-q", "-d", tmp_path / "doctrees", DOCS, html]
+    directory = tmp_path_factory.mktemp("docs")
+    command = [sys.executable, "-m", "sphinx", "-W", "-q", "-d", directory / "doctrees", DOCS, directory / "html"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert "DeltaRuleState.prefill" in (html / "api" / "state.html").read_text(encoding="utf-8")
+    return directory / "html"
+
+
+@pytest.mark.slow
+def test_methods_are_in_the_reference(html):
+    text = (html / "api" / "state.html").read_text(encoding="utf-8")
+    for name in vars(gdr.DeltaRuleState):
+        assert name.startswith("_") or f"DeltaRuleState.{name}" in text, name
+
+
+def _linked(page):
+    """The pages of this documentation that a page's own text links to, its navigation left out."""
+    text = page.read_text(encoding="utf-8")
+    article = text[text.index('<article class="bd-article') : text.index("</article>")]
+    targets = re.findall(r'href="([^"#:]+\.html)', article)
+    return {(page.parent / target).resolve() for target in targets}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "what",
+    ["state.step(", "cu_seqlens_of(lengths)", "gdr import fused_sigmoid_gating_delta_rule_update", "asv continuous"],
+)
+def test_two_clicks_from_the_front_page(html, what):
+    first = _linked(html / "index.html")
+    assert first
+    reached = first.union(*(_linked(page) for page in first))
+    text = "".join(re.sub(r"<[^>]*>", "", page.read_text(encoding="utf-8")) for page in reached)
+    assert what in text
+
+
+@pytest.mark.slow
+def test_pages_load_nothing_from_elsewhere(html):
+    for page in html.rglob("*.html"):
+        loaded = re.findall(
+            r'<(?:script|img|link)[^>]* (?:src|href)="(https?:[^"]+)"', page.read_text(encoding="utf-8")
+        )
+        assert not loaded, page

@@ -82,7 +82,7 @@ def chunks() -> Figure:
                 color = PALE["orange"] if i == j else PALE["blue"]
                 patch = Rectangle((x + 0.42 * j, 5.9 - 0.42 * i), 0.38, 0.38, facecolor=color, edgecolor="0.6", lw=0.5)
                 axis.add_patch(patch)
-        axis.text(x + 2.9, 5.2, "T, D, q kᵀ\nfrom this chunk's\nk, q, g, β alone", fontsize=8, va="center")
+        axis.text(x + 2.9, 5.2, "T = A⁻¹ diag(β),\nD and q kᵀ from\nthis chunk alone", fontsize=8, va="center")
         box(axis, x, 1.2, 4.2, 1.1, "u = T (v − e^G k h)\no = e^G q h + (q kᵀ ∘ D) u", "green", 8)
         arrow(axis, (x + 1.2, 3.7), (x + 1.2, 2.4))
         arrow(axis, (x + 4.2, 1.75), (x + 5.6, 1.75))

@@ -38,7 +38,7 @@ def figures() -> dict[str, Figure]:
 def numerics_page() -> str:
     """A section for each backend whose errors were measured."""
     parts = [
-        f"### {NAMES[data['backend']]}: {data['device']}\n\n```{{image}} /_build/figures/{name}.svg\n"
+        f"### {NAMES[data['backend']]}: {data['device']}\n\n```{{figure}} /_build/figures/{name}.svg\n"
         f":alt: Relative error by length for each dtype, {NAMES[data['backend']]}\n```\n"
         for name, data in _load("numerics-*.json").items()
     ]
@@ -87,12 +87,22 @@ def page() -> str:
         parts.append(f"## {data['device']}\n")
         if data.get("note"):
             parts.append(f"{data['note']}\n")
+        parts.append(f"{_provenance(data)}\n")
         parts += [
-            f"### {suite.capitalize()}\n\n```{{image}} /_build/figures/{name}-{suite}.svg\n"
+            f"### {suite.capitalize()}\n\n```{{figure}} /_build/figures/{name}-{suite}.svg\n"
             f":alt: Times of gdr and its peers, {suite}, {data['device']}\n```\n"
             for suite in _suites(data)
         ]
     return "\n".join(parts) or "No measurement has been committed yet.\n"
+
+
+def _provenance(data: dict[str, Any]) -> str:
+    """When and with what the times of a file were taken."""
+    versions = dict(data.get("versions", {}))
+    if "driver" in data:
+        versions["driver"] = data["driver"]
+    what = ", ".join(f"{name} {version}" for name, version in versions.items())
+    return f"Taken on {data['date']} by `{data['command']}`: {what}."
 
 
 def _numerics(data: dict[str, Any]) -> Figure:
@@ -124,6 +134,9 @@ def _suites(data: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
     return dict(suites)
 
 
+_LONGEST = 8.0  # a bar beyond this many times the fastest is cut, and says so
+
+
 def _performance(rows: list[dict[str, Any]]) -> Figure:
     """Horizontal bars by case, this library's in blue: how many times the fastest time of the case each
     takes."""
@@ -132,24 +145,25 @@ def _performance(rows: list[dict[str, Any]]) -> Figure:
     others = iter(COLORS * 3)
     blues = iter((BLUE, "#6baed6", "#c6dbef", "#08306b") * 3)
     colors = {impl: next(blues) if impl.startswith("gdr") else next(others) for impl in impls}
-    figure = Figure(figsize=(9, 0.8 + 0.17 * len(cases) * (len(impls) + 1)), layout="constrained")
+    # Inches: a bar, and a gap of one bar between cases; above them the legend, below them the axis.
+    bars = len(cases) * (len(impls) + 1)
+    figure = Figure(figsize=(7.5, 0.17 * bars + 1.1), layout="constrained")
     axis = figure.subplots()
     for i, case in enumerate(cases):
         times = {row["impl"]: row["us"] if "us" in row else 1e3 * row["ms"] for row in rows if row["case"] == case}
         best = min(times.values())
         for j, impl in enumerate(impls):
             if impl in times:
-                y = i * (len(impls) + 1) + j
-                axis.barh(y, times[impl] / best, color=colors[impl], label=impl if i == 0 else None)
-                axis.text(times[impl] / best, y, f" {_time(times[impl])}", va="center", fontsize=7)
-    axis.set_yticks([i * (len(impls) + 1) + (len(impls) - 1) / 2 for i in range(len(cases))], cases, fontsize=8)
-    axis.set(xlabel="time, relative to the fastest of the case (shorter is better)")
-    axis.invert_yaxis()
+                y, ratio = i * (len(impls) + 1) + j, times[impl] / best
+                label = _time(times[impl]) if ratio <= _LONGEST else f"{_time(times[impl])}, {ratio:.0f} times"
+                axis.barh(y, min(ratio, _LONGEST), color=colors[impl])
+                axis.text(min(ratio, _LONGEST), y, f" {label}", va="center", fontsize=8)
+    axis.set_yticks([i * (len(impls) + 1) + (len(impls) - 1) / 2 for i in range(len(cases))], cases, fontsize=9)
+    axis.set(xlabel="time, relative to the fastest of the case (shorter is better)", ylim=(bars - 1, -1))
     axis.spines[["top", "right"]].set_visible(False)
-    handles = [(impl, colors[impl]) for impl in impls]
-    axis.legend(
-        [_bar(color) for _, color in handles], [impl for impl, _ in handles], frameon=False, fontsize=8,
-        loc="upper center", bbox_to_anchor=(0.5, 1.0 + 0.6 / figure.get_figheight()), ncols=4,
+    figure.legend(
+        [_bar(color) for color in colors.values()], list(colors), frameon=False, fontsize=9,
+        loc="outside upper center", ncols=min(4, len(impls)),
     )  # fmt: skip
     return figure
 
