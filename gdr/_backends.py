@@ -15,19 +15,23 @@ from gdr import _threads
 from gdr._inputs import Call
 from gdr._spec import Spec
 
-_runners: dict[tuple[str, str], Callable[[Call], None]] = {}
+_runners: dict[tuple[str, str, str], Callable[[Call], None]] = {}
 _thread = threading.local()
 
 
 def run(call: Call) -> None:
     """Run a checked call on its backend; fills the call's outputs."""
-    name = backend(call.spec)
-    key = name, call.spec.op if call.ring is None else "ring"
+    if call.ring is None:
+        name = backend(call.spec)
+        key = name, call.spec.op, "run"
+    else:
+        name = ring_backend(call.spec.device)
+        key = name, "ring", "verify" if call.draft else "run"
     if getattr(_thread, "planning", False):
         raise Planned(call)
     runner = _runners.get(key)
     if runner is None:
-        runner = _runners[key] = importlib.import_module("gdr._{}_{}".format(*key)).run
+        runner = _runners[key] = getattr(importlib.import_module("gdr._{}_{}".format(*key)), key[2])
     if call.whole and name == "numpy":  # a compiled kernel is not interrupted anyway
         _threads.uninterrupted(partial(runner, call))
     else:
@@ -39,6 +43,19 @@ def backend(spec: Spec) -> str:
     if spec.device != "cpu":
         return "cuda"
     return "numpy" if spec.op == "gate" else cpu_backend()
+
+
+def ring_backend(device: str | int) -> str:
+    """Name of the backend that keeps the rings of pools on a device: "cuda" or, whatever runs the rest, "numpy"."""
+    return "numpy" if device == "cpu" else "cuda"
+
+
+def ring_module(device: str | int) -> Any:
+    """The module of that backend: `Ring` and its functions."""
+    name = ring_backend(device)
+    if importlib.util.find_spec(f"gdr._{name}_ring") is None:
+        raise NotImplementedError(f"ring: pools on {name} devices can neither put off writes nor verify drafts")
+    return importlib.import_module(f"gdr._{name}_ring")
 
 
 def module(spec: Spec) -> Any:

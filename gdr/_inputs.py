@@ -53,7 +53,9 @@ class Call:
     final_state: Any = None
     final_slots: Any = None
     cu_seqlens: Any = None
-    ring: Any = None  # the pool's `Ring`, where a step may leave its writes to it
+    ring: Any = None  # the pool's `Ring`, where the writes are left to it
+    draft: Any = False  # nothing is committed: what the tokens would write is kept as drafts
+    parents: Any = None  # the draft before each draft, [N, T]; None for a chain
     whole: Any = False  # an interrupt must find all states written, or none
 
     @property

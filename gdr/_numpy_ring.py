@@ -11,11 +11,13 @@ does it for many tokens.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
 
+from gdr import _threads
 from gdr._inputs import Call
 from gdr._numpy_gate import gates
 from gdr._numpy_states import (
@@ -26,10 +28,10 @@ from gdr._numpy_states import (
     for_each,
     heads_a_block,
     is_view,
-    read,
     states_of,
 )
-from gdr._ring import Ring
+from gdr._numpy_states import read as products
+from gdr._ring import Entries, Ring, as_paths
 
 L2_EPS = 1e-6
 
@@ -45,53 +47,174 @@ class _Tokens(NamedTuple):
     outputs: np.ndarray  # [n, H, r, V], to be filled
 
 
+class _Drafts(NamedTuple):
+    """The draft tokens of each of n sequences, normalised and scaled."""
+
+    keys_queries: np.ndarray  # the keys, then the queries, [n, H, 2 T, K]
+    values: np.ndarray  # [n, H, r, T, V]
+    decays: np.ndarray  # e^g in float64, [n, H, r, T]
+    left: np.ndarray  # what is left at a draft of the state and of each draft, 0 off its path; [n, H, r, T, 1 + T]
+    betas: np.ndarray  # [n, H, r, T]
+    parents: np.ndarray  # [n, T]
+    tree: bool
+    outputs: np.ndarray  # [n, H, r, T, V], to be filled
+
+
 def run(call: Call) -> None:
     """Run one token of each sequence of a pool; its ring takes what is to be written into the states."""
     spec, ring = call.spec, call.ring
-    slots = call.initial_slots
-    live = np.flatnonzero(slots >= 0)
-    if live.size < spec.N:
-        call.out[slots < 0] = 0
-        slots = slots[live]
-    full = slots[ring.fill[slots] == ring.capacity]
-    if full.size:
-        fold(ring, call.initial_state, spec.layout, full)
+    slots, live = _live(call)
+    due = slots[ring.pending.fill[slots] >= ring.limit[slots]]
+    if due.size:
+        _fold(ring, due)
+        ring.limit[due] = ring.capacity
     tokens = _load(call, live)
-    states = by_key_head(call.initial_state, spec)
+    states = by_key_head(ring.pool, spec)
     # Stored numbers that are computed with as they are need no scratch, however many.
-    heads = spec.H if states.dtype == ring.keys.dtype else heads_a_block(spec)
-    blocks = blocks_of(spec, slots, slots, ring.fill[slots], heads)
+    heads = spec.H if states.dtype == tokens.values.dtype else heads_a_block(spec)
+    blocks = blocks_of(spec, slots, slots, ring.pending.fill[slots], heads)
 
     def work(blocks: Iterator[Block]) -> None:
         with np.errstate(all="ignore"):
             for block in blocks:
-                _step(tokens, states, ring, block, spec)
+                _step(tokens, states, ring.pending, block, spec)
 
     for_each(work, blocks, live.size, spec)
     # Until here nothing has changed that a step of these slots would not overwrite.
+    rollback(ring, slots)
     for block in (block for block in blocks if block.heads.start == 0):
-        ring.advance(block.read, block.pending, tokens.decays[block.rows].reshape(-1, spec.HV))
-    _store(call, tokens, live)
+        ring.pending.advance(block.read, block.pending, tokens.decays[block.rows].reshape(-1, spec.HV))
+    _store(call, tokens.outputs, live)
 
 
-def _step(tokens: _Tokens, states: np.ndarray, ring: Ring, block: Block, spec: Shape) -> None:
-    """One token of a block of slots, from their states and their rings."""
+def verify(call: Call) -> None:
+    """Run the draft tokens of each sequence of a pool, and keep what they would write for `commit`."""
+    spec, ring = call.spec, call.ring
+    slots, live = _live(call)
+    drafts = ring.room_for_drafts()
+    tokens = _load_drafts(call, live)
+    states = by_key_head(ring.pool, spec)
+    blocks = blocks_of(spec, slots, slots, ring.pending.fill[slots], heads_a_block(spec))
+    rollback(ring, slots)
+
+    def work(blocks: Iterator[Block]) -> None:
+        with np.errstate(all="ignore"):
+            for block in blocks:
+                _verify(tokens, states, ring, block, spec)
+
+    for_each(work, blocks, live.size, spec)
+    drafts.decays[slots, :, 1 : 1 + spec.T] = tokens.decays.reshape(live.size, spec.HV, spec.T)
+    ring.parents[slots, : spec.T] = tokens.parents
+    drafts.fill[slots] = spec.T
+    _store(call, tokens.outputs.reshape(live.size, spec.HV, spec.T, spec.V).swapaxes(1, 2), live)
+
+
+def commit(ring: Ring, slots: np.ndarray, accepted: np.ndarray) -> None:
+    """Keep some drafts of slots, ``[n]`` how many or ``[n, L]`` which, and drop the others."""
+    accepted = accepted[slots >= 0]
+    slots = slots[slots >= 0]
+    if ring.drafts is None or not slots.size:
+        return
+    _threads.uninterrupted(partial(_commit, ring, slots, as_paths(accepted)))
+
+
+def _commit(ring: Ring, slots: np.ndarray, paths: np.ndarray) -> None:
+    assert ring.drafts is not None
+    taken = ring.drafts.take(slots, paths)
+    fill = ring.pending.fill[slots]
+    due = (fill > 0) & (fill + taken.fill > ring.limit[slots])
+    if due.any():
+        _fold(ring, slots[due])
+        ring.limit[slots[due]] = ring.capacity
+    large = taken.fill > ring.capacity
+    if large.any():
+        _write(ring, ring.pool, slots[large], taken, np.flatnonzero(large))
+        taken.clear(np.flatnonzero(large))
+    if ring.capacity:
+        ring.pending.append(slots, taken)
+    rollback(ring, slots)
+
+
+def rollback(ring: Ring, slots: np.ndarray) -> None:
+    """Drop the drafts of slots."""
+    if ring.drafts is not None:
+        ring.drafts.fill[slots[slots >= 0]] = 0
+
+
+def fold(ring: Ring, slots: np.ndarray | None = None) -> None:
+    """Write the pending tokens of slots (of all without) into their states, and drop their drafts."""
+    slots = np.arange(ring.limit.size) if slots is None else slots[slots >= 0]
+    rollback(ring, slots)
+    pending = slots[ring.pending.fill[slots] > 0]
+    if pending.size:
+        _threads.uninterrupted(partial(_fold, ring, pending))
+        ring.restart(pending)
+
+
+def forget(ring: Ring, slots: np.ndarray) -> None:
+    """Drop the pending tokens and the drafts of slots, whose states are overwritten."""
+    rollback(ring, slots)
+    ring.pending.clear(slots)
+    ring.restart(slots)
+
+
+def read(ring: Ring, slots: np.ndarray) -> np.ndarray:
+    """Copy of the states of slots with their pending tokens."""
+    states = ring.pool[slots]
+    at = np.flatnonzero(ring.pending.fill[slots])
+    if at.size:
+        _write(ring, states, at, ring.pending, slots[at])
+    return states
+
+
+def copy(ring: Ring, sources: np.ndarray, targets: np.ndarray) -> None:
+    """Copy the states of slots with their pending tokens, as they are, to other slots."""
+    rollback(ring, targets)
+    pending = ring.pending
+    count = pending.fill[sources].max(initial=0)
+    ring.pool[targets] = ring.pool[sources]
+    pending.keys[targets, :, :count] = pending.keys[sources, :, :count]
+    pending.updates[targets, :, :count] = pending.updates[sources, :, :count]
+    pending.decays[targets, :, : 1 + count] = pending.decays[sources, :, : 1 + count]
+    pending.fill[targets] = pending.fill[sources]
+    ring.limit[targets] = ring.limit[sources]
+
+
+def _live(call: Call) -> tuple[np.ndarray, np.ndarray]:
+    """The slots of a call that are no padding, and their rows; the others' outputs are set to 0."""
+    live = np.flatnonzero(call.initial_slots >= 0)
+    if live.size == call.spec.N:
+        return call.initial_slots, live
+    call.out[call.initial_slots < 0] = 0
+    return call.initial_slots[live], live
+
+
+def _step(tokens: _Tokens, states: np.ndarray, pending: Entries, block: Block, spec: Shape) -> None:
+    """One token of a block of slots, from their states and their pending tokens."""
     kq = tokens.keys_queries[block.rows, block.heads]
     n, heads = kq.shape[:2]
     count = block.pending
-    value_heads = slice(block.heads.start * states.shape[2], block.heads.stop * states.shape[2])
-    decays = ring.decays[block.read, value_heads].reshape(n, heads, -1, 1 + ring.capacity)
+    value_heads = _value_heads(block, states)
+    decays = pending.decays[block.read, value_heads].reshape(n, heads, states.shape[2], -1)
     decays = decays * tokens.decays[block.rows, block.heads, :, None]
-    reads = read(kq, states_of(states, block.read, block.heads, kq.dtype, spec))
+    reads = products(kq, states_of(states, block.read, block.heads, kq.dtype, spec))
     reads *= decays[..., 0, None, None]
     if count:
-        keys = ring.keys[block.read, block.heads, :count]
-        updates = ring.updates[block.read, value_heads, :count].reshape(*decays.shape[:3], count, -1)
-        weights = np.matmul(kq, keys.swapaxes(-1, -2))[:, :, None] * decays[..., None, 1 : 1 + count]
-        reads += np.matmul(weights.astype(kq.dtype, copy=False), updates)
+        reads += _read_entries(kq, pending, block, decays)
     updates = _answer(tokens, block, reads)
-    ring.keys[block.read, block.heads, count] = kq[:, :, 0]
-    ring.updates[block.read, value_heads, count] = updates.reshape(n, -1, updates.shape[-1])
+    pending.keys[block.read, block.heads, count] = kq[:, :, 0]
+    pending.updates[block.read, value_heads, count] = updates.reshape(n, -1, updates.shape[-1])
+
+
+def _read_entries(x: np.ndarray, pending: Entries, block: Block, decays: np.ndarray) -> np.ndarray:
+    """The product of vectors ``[n, H, m, K]`` with what the pending tokens of a block add to the states."""
+    n, heads, r = decays.shape[:3]
+    count = block.pending
+    value_heads = slice(block.heads.start * r, block.heads.stop * r)
+    keys = pending.keys[block.read, block.heads, :count]
+    updates = pending.updates[block.read, value_heads, :count].reshape(n, heads, r, count, -1)
+    weights = np.matmul(x, keys.swapaxes(-1, -2))[:, :, None] * decays[..., None, 1 : 1 + count]
+    return np.matmul(weights.astype(x.dtype, copy=False), updates)
 
 
 def _answer(tokens: _Tokens, block: Block, reads: np.ndarray) -> np.ndarray:
@@ -102,6 +225,73 @@ def _answer(tokens: _Tokens, block: Block, reads: np.ndarray) -> np.ndarray:
     outputs += reads[..., 1, :]
     tokens.outputs[block.rows, block.heads] = outputs
     return updates
+
+
+def _verify(tokens: _Drafts, states: np.ndarray, ring: Ring, block: Block, spec: Shape) -> None:
+    """The drafts of a block of slots: all products with the states at once, then what drafts owe to one another.
+
+    A draft sees the state and its ancestors, each with what the decays on the way have left of it.
+    """
+    kq = tokens.keys_queries[block.rows, block.heads]
+    n, heads, T = *kq.shape[:2], kq.shape[2] // 2
+    value_heads = _value_heads(block, states)
+    reads = np.matmul(kq[:, :, None], states_of(states, block.read, block.heads, kq.dtype, spec))
+    decays = ring.pending.decays[block.read, value_heads].reshape(n, heads, states.shape[2], -1)
+    reads *= decays[..., 0, None, None]
+    if block.pending:
+        reads += _read_entries(kq, ring.pending, block, decays)
+    left = tokens.left[block.rows, block.heads]
+    reads.reshape(n, heads, -1, 2, T, reads.shape[-1])[...] *= left[..., None, :, :1]
+    keys = kq[:, :, :T]
+    weights = np.matmul(kq, keys.swapaxes(-1, -2)).reshape(n, heads, 1, 2, T, T) * left[..., None, :, 1:]
+    weights = weights.astype(kq.dtype, copy=False)
+    values, betas = tokens.values[block.rows, block.heads], tokens.betas[block.rows, block.heads]
+    reads = reads.reshape(n, heads, -1, 2, T, reads.shape[-1])
+    outputs, updates = _solve(reads, weights, values, betas, np.matmul)
+    if tokens.tree and not np.isfinite(updates).all():
+        # A product of matrices would carry what is not finite from a draft to others that do not follow it.
+        on_path = left[..., None, :, 1:] != 0
+        for row in np.flatnonzero(~np.isfinite(updates).all(axis=(1, 2, 3, 4))):
+            one = slice(row, row + 1)
+            outputs[one], updates[one] = _solve(
+                reads[one], np.where(on_path[one], weights[one], 0), values[one], betas[one], _sum_of_seen
+            )
+    tokens.outputs[block.rows, block.heads] = outputs
+    drafts = ring.room_for_drafts()
+    drafts.keys[block.read, block.heads, :T] = keys
+    drafts.updates[block.read, value_heads, :T] = updates.reshape(n, -1, T, updates.shape[-1])
+
+
+def _solve(
+    reads: np.ndarray,
+    weights: np.ndarray,
+    values: np.ndarray,
+    betas: np.ndarray,
+    product: Callable[[np.ndarray, np.ndarray], np.ndarray],
+) -> tuple[np.ndarray, np.ndarray]:
+    """Outputs and updates ``[n, H, r, T, V]`` of drafts, one after the other.
+
+    `reads` are the states' products with keys and queries ``[n, H, r, 2, T, V]``, `weights` what the keys and queries
+    take of each draft's update, ``[n, H, r, 2, T, T]``.
+    """
+    updates, outputs = np.empty_like(values), np.empty_like(values)
+    for t in range(values.shape[-2]):
+        seen = reads[..., t, :]
+        if t:
+            seen = seen + product(weights[..., t, :t], updates[..., :t, :])
+        updates[..., t, :] = (values[..., t, :] - seen[..., 0, :]) * betas[..., t, None]
+        outputs[..., t, :] = seen[..., 1, :] + weights[..., 1, t, t, None] * updates[..., t, :]
+    return outputs, updates
+
+
+def _sum_of_seen(weights: np.ndarray, updates: np.ndarray) -> np.ndarray:
+    """Product of matrices that passes over rows of weight 0."""
+    weights = weights[..., None]
+    return np.where(weights != 0, weights * updates[..., None, :, :], 0).sum(axis=-2)
+
+
+def _value_heads(block: Block, states: np.ndarray) -> slice:
+    return slice(block.heads.start * states.shape[2], block.heads.stop * states.shape[2])
 
 
 class _Pool(NamedTuple):
@@ -115,33 +305,37 @@ class _Pool(NamedTuple):
     compute: str
 
 
-def fold(ring: Ring, pool: np.ndarray, layout: str, slots: np.ndarray) -> None:
+def _fold(ring: Ring, slots: np.ndarray) -> None:
     """Write the pending tokens of slots into their states."""
-    H, _, K = ring.keys.shape[1:]
-    HV, _, V = ring.updates.shape[1:]
-    spec = _Pool(H, HV, K, V, layout, ring.keys.dtype.name)
+    _write(ring, ring.pool, slots, ring.pending, slots)
+    ring.pending.clear(slots)
+
+
+def _write(ring: Ring, pool: np.ndarray, targets: np.ndarray, entries: Entries, rows: np.ndarray) -> None:
+    """Write tokens, rows of `entries`, into states, `targets` of an array like the ring's pool."""
+    H, _, K = entries.keys.shape[1:]
+    HV, _, V = entries.updates.shape[1:]
+    spec = _Pool(H, HV, K, V, ring.layout, ring.dtype.name)
     states = by_key_head(pool, spec)
 
     def work(blocks: Iterator[Block]) -> None:
         with np.errstate(all="ignore"):
             for block in blocks:
-                _fold(ring, states, block, spec)
+                _write_block(states, entries, block, ring.dtype, spec)
 
-    blocks = blocks_of(spec, slots, slots, ring.fill[slots], heads_a_block(spec))
-    for_each(work, blocks, slots.size, spec)
-    ring.discard(slots)
+    blocks = blocks_of(spec, rows, targets, entries.fill[rows], heads_a_block(spec))
+    for_each(work, blocks, rows.size, spec)
 
 
-def _fold(ring: Ring, states: np.ndarray, block: Block, spec: Shape) -> None:
-    dtype = ring.keys.dtype
-    n, r = block.pending, states.shape[2]
-    value_heads = slice(block.heads.start * r, block.heads.stop * r)
-    h = states_of(states, block.read, block.heads, dtype, spec)
-    keys = ring.keys[block.read, block.heads, None, :n]
-    decays = ring.decays[block.read, value_heads].reshape(*h.shape[:3], -1, 1).astype(dtype)
-    updates = ring.updates[block.read, value_heads, :n].reshape(*h.shape[:3], n, -1)
+def _write_block(states: np.ndarray, entries: Entries, block: Block, dtype: np.dtype, spec: Shape) -> None:
+    n = block.pending
+    value_heads = _value_heads(block, states)
+    h = states_of(states, block.write, block.heads, dtype, spec)
+    keys = entries.keys[block.read, block.heads, None, :n]
+    decays = entries.decays[block.read, value_heads].reshape(*h.shape[:3], -1, 1).astype(dtype)
+    updates = entries.updates[block.read, value_heads, :n].reshape(*h.shape[:3], n, -1)
     written = np.matmul(keys.swapaxes(-1, -2), updates * decays[..., 1 : 1 + n, :])
-    if is_view(states, block, dtype):
+    if is_view(states, block._replace(read=block.write), dtype):
         h *= decays[..., :1, :]
         h += written
     else:
@@ -152,37 +346,75 @@ def _fold(ring: Ring, states: np.ndarray, block: Block, spec: Shape) -> None:
 def _load(call: Call, rows: np.ndarray) -> _Tokens:
     """The tokens of some rows of a call."""
     spec = call.spec
-    dtype = np.dtype(spec.compute)
     n, r = rows.size, spec.HV // spec.H
-    whole = n == spec.N
     g, beta = gates(call)
+    kq = _keys_queries(call, rows)
+    with np.errstate(all="ignore"):
+        query_on_key = np.matmul(kq[:, :, :1], kq[:, :, 1, :, None])
+        decays = np.exp(_take(call, g, rows)[:, 0].astype(np.float64))
+    values = _take(call, call.v, rows).reshape(n, spec.H, r, spec.V)
+    direct = n == spec.N and call.out.dtype == values.dtype and call.out.flags.c_contiguous
+    outputs = call.out.reshape(values.shape) if direct else np.empty_like(values)
+    betas = _take(call, beta, rows).reshape(n, spec.H, r, 1)
+    return _Tokens(kq, query_on_key, values, decays.reshape(n, spec.H, r), betas, outputs)
 
-    def take(x: np.ndarray) -> np.ndarray:
-        # Always contiguous: neither strides nor the place in a batch may decide which loop computes a sequence.
-        return np.ascontiguousarray(x[:, 0] if whole else x[rows, 0], dtype)
 
-    kq = np.empty((n, spec.H, 2, spec.K), dtype)
-    kq[:, :, 0] = call.k[:, 0] if whole else call.k[rows, 0]
-    kq[:, :, 1] = call.q[:, 0] if whole else call.q[rows, 0]
+def _load_drafts(call: Call, rows: np.ndarray) -> _Drafts:
+    """The draft tokens of some rows of a call."""
+    spec = call.spec
+    n, T, r = rows.size, spec.T, spec.HV // spec.H
+    g, beta = gates(call)
+    parents = np.broadcast_to(np.arange(-1, T - 1), (n, T)) if call.parents is None else call.parents[rows]
+
+    def by_head(x: np.ndarray) -> np.ndarray:
+        """``[n, T, HV, ...]`` as ``[n, H, r, T, ...]``, contiguous."""
+        return np.ascontiguousarray(x.swapaxes(1, 2)).reshape(n, spec.H, r, T, *x.shape[3:])
+
+    with np.errstate(all="ignore"):
+        kq = _keys_queries(call, rows)
+        decays = by_head(np.exp(_take(call, g, rows).astype(np.float64)))
+        # Row 0 is the state itself, and row 1 + t what draft t sees; what it sees last is itself.
+        left = np.zeros((n, spec.H, r, 1 + T, 1 + T))
+        left[..., 0, 0] = 1
+        for t in range(T):
+            before = left[np.arange(n), :, :, 1 + parents[:, t]]
+            left[..., 1 + t, :] = before * decays[..., t, None]
+            left[..., 1 + t, 1 + t] = 1
+    values = by_head(_take(call, call.v, rows))
+    betas = by_head(_take(call, beta, rows))
+    tree = call.parents is not None
+    return _Drafts(kq, values, decays, left[..., 1:, :], betas, parents, tree, np.empty_like(values))
+
+
+def _take(call: Call, x: np.ndarray, rows: np.ndarray) -> np.ndarray:
+    """Some rows of an operand, in the dtype of the arithmetic."""
+    # Always contiguous: neither strides nor the place in a batch may decide which loop computes a sequence.
+    return np.ascontiguousarray(x if rows.size == call.spec.N else x[rows], call.spec.compute)
+
+
+def _keys_queries(call: Call, rows: np.ndarray) -> np.ndarray:
+    """The keys of some rows, then their queries, normalised and scaled: ``[n, H, 2 T, K]``."""
+    spec = call.spec
+    T, dtype = spec.T, np.dtype(spec.compute)
+    whole = rows.size == spec.N
+    kq = np.empty((rows.size, spec.H, 2 * T, spec.K), dtype)
+    kq[:, :, :T] = (call.k if whole else call.k[rows]).swapaxes(1, 2)
+    kq[:, :, T:] = (call.q if whole else call.q[rows]).swapaxes(1, 2)
     with np.errstate(all="ignore"):
         if spec.l2norm:
             weights = np.matmul(kq[..., None, :], kq[..., None])[..., 0]
             weights += dtype.type(L2_EPS)
             np.sqrt(weights, out=weights)
             np.divide(1, weights, out=weights)
-            weights[:, :, 1] *= dtype.type(call.scale)
+            weights[:, :, T:] *= dtype.type(call.scale)
             kq *= weights
         else:
-            kq[:, :, 1] *= dtype.type(call.scale)
-        query_on_key = np.matmul(kq[:, :, :1], kq[:, :, 1, :, None])
-        decays = np.exp(take(g).astype(np.float64))
-    values = take(call.v).reshape(n, spec.H, r, spec.V)
-    direct = whole and call.out.dtype == dtype and call.out.flags.c_contiguous
-    outputs = call.out.reshape(values.shape) if direct else np.empty(values.shape, dtype)
-    return _Tokens(kq, query_on_key, values, decays.reshape(n, spec.H, r), take(beta).reshape(n, spec.H, r, 1), outputs)
+            kq[:, :, T:] *= dtype.type(call.scale)
+    return kq
 
 
-def _store(call: Call, tokens: _Tokens, rows: np.ndarray) -> None:
-    if not np.may_share_memory(tokens.outputs, call.out):
+def _store(call: Call, outputs: np.ndarray, rows: np.ndarray) -> None:
+    """Put outputs, ``[n, T, HV, V]`` in some grouping of heads, where they belong."""
+    if not np.may_share_memory(outputs, call.out):
         with np.errstate(all="ignore"):
-            call.out[rows, 0] = tokens.outputs.reshape(rows.size, call.spec.HV, call.spec.V)
+            call.out[rows] = outputs.reshape(rows.size, *call.out.shape[1:])

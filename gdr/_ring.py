@@ -7,94 +7,204 @@ the key k and the value u of the rank-one update and the decay since, and the st
 
 A step reads h_0 and a few short vectors; every `capacity` tokens they are folded into the state by one product.  A
 state of 16 bits is so rounded once every `capacity` tokens, too, and not at each.
+
+Draft tokens of speculative decoding are kept the same way, apart from the pending ones, until some are accepted.
 """
 
 from __future__ import annotations
 
+import threading
 from typing import TypeAlias
 
 import numpy as np
 
-CAPACITY = 16
+# Draft tokens that a slot can have.
+MAX_DRAFTS = 16
 
 # Some slots of a pool: neighbours as a slice, so that what is read of them is a view, or any of them.
 Slots: TypeAlias = "slice | np.ndarray"
 
 
-class Ring:
-    """The pending tokens of every slot of a pool.
+class Entries:
+    """Tokens of each row, of a slot or of a sequence, that are not in its state.
 
     Parameters
     ----------
-    num_slots, num_k_heads, num_v_heads, head_k_dim, head_v_dim : int
-        The pool: slots, H, HV, K and V.
+    rows, num_k_heads, num_v_heads, head_k_dim, head_v_dim : int
+        Rows, H, HV, K and V.
     dtype : numpy.dtype
-        What keys and updates are kept in: the dtype of the arithmetic.
-    capacity : int
-        Tokens that a slot can have pending.
+        What keys and updates are kept in.
+    depth : int
+        Tokens that a row has room for.
 
     Attributes
     ----------
-    keys : ndarray, [num_slots, H, capacity, K]
-    updates : ndarray, [num_slots, HV, capacity, V]
-    decays : ndarray of float64, [num_slots, HV, 1 + capacity]
-        What is left of the state (first) and of each pending token.
-    fill : ndarray of int64, [num_slots]
-        How many tokens each slot has pending.
+    keys : ndarray, [rows, H, depth, K]
+    updates : ndarray, [rows, HV, depth, V]
+    decays : ndarray of float64, [rows, HV, 1 + depth]
+        What is left of the state (first) and of each token.
+    fill : ndarray of int64, [rows]
+        How many tokens each row has.
     """
 
     def __init__(
         self,
-        num_slots: int,
+        rows: int,
         num_k_heads: int,
         num_v_heads: int,
         head_k_dim: int,
         head_v_dim: int,
         dtype: np.dtype,
-        capacity: int = CAPACITY,
+        depth: int,
     ) -> None:
-        self.capacity = capacity
-        self.keys = np.zeros((num_slots, num_k_heads, capacity, head_k_dim), dtype)
-        self.updates = np.zeros((num_slots, num_v_heads, capacity, head_v_dim), dtype)
-        self.decays = np.ones((num_slots, num_v_heads, 1 + capacity))
-        self.fill = np.zeros(num_slots, np.int64)
+        self.keys = np.zeros((rows, num_k_heads, depth, head_k_dim), dtype)
+        self.updates = np.zeros((rows, num_v_heads, depth, head_v_dim), dtype)
+        self.decays = np.ones((rows, num_v_heads, 1 + depth))
+        self.fill = np.zeros(rows, np.int64)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of memory that the entries take."""
+        return self.keys.nbytes + self.updates.nbytes + self.decays.nbytes + self.fill.nbytes
+
+    def clear(self, rows: np.ndarray) -> None:
+        """Forget the tokens of rows."""
+        self.fill[rows] = 0
+        self.decays[rows, :, 0] = 1
+
+    def advance(self, rows: Slots, count: int, decays: np.ndarray) -> None:
+        """Let a token count whose key and update have been put in place number `count` of rows.
+
+        Parameters
+        ----------
+        rows : slice or ndarray of int, [n]
+        count : int
+        decays : ndarray, [n, HV]
+            The token's own decay, which all that came before it undergoes.
+        """
+        self.decays[rows, :, : 1 + count] *= decays[..., None]
+        self.decays[rows, :, 1 + count] = 1
+        self.fill[rows] = count + 1
+
+    def append(self, rows: np.ndarray, more: Entries) -> None:
+        """Add to each of `rows` the tokens of the row of `more` with the same place in it."""
+        at, token = np.nonzero(np.arange(more.keys.shape[2]) < more.fill[:, None])
+        to, position = rows[at], self.fill[rows[at]] + token
+        decays = self.decays[rows] * more.decays[..., :1]
+        self.keys[to, :, position] = more.keys[at, :, token]
+        self.updates[to, :, position] = more.updates[at, :, token]
+        decays[at, :, 1 + position] = more.decays[at, :, 1 + token]
+        self.decays[rows] = decays
+        self.fill[rows] += more.fill
+
+    def take(self, rows: np.ndarray, paths: np.ndarray) -> Entries:
+        """Take tokens of rows whose decays are each token's own (the state's is not looked at).
+
+        Parameters
+        ----------
+        rows : ndarray of int, [n]
+        paths : ndarray of int, [n, L]
+            Which tokens of a row, in order; all after the first negative one are negative.
+
+        Returns
+        -------
+        Entries
+            Of n rows, with the decays from after each token through the last one.
+        """
+        (n, L), (H, _, K), (HV, _, V) = paths.shape, self.keys.shape[1:], self.updates.shape[1:]
+        taken = Entries(n, H, HV, K, V, self.keys.dtype, L)
+        at, place = np.nonzero(paths >= 0)
+        row, token = rows[at], paths[at, place]
+        taken.keys[at, :, place] = self.keys[row, :, token]
+        taken.updates[at, :, place] = self.updates[row, :, token]
+        taken.decays[at, :, place] = self.decays[row, :, 1 + token]
+        taken.decays[...] = np.cumprod(taken.decays[..., ::-1], axis=-1)[..., ::-1]
+        taken.fill = np.count_nonzero(paths >= 0, axis=1)
+        return taken
+
+
+def as_paths(accepted: np.ndarray) -> np.ndarray:
+    """Numbers of drafts as paths along a chain, ``[n, L]`` padded by -1; paths as they are."""
+    if accepted.ndim == 2:
+        return accepted
+    order = np.arange(accepted.max(initial=0))
+    return np.where(order < accepted[:, None], order, -1)
+
+
+class Ring:
+    """The pending and the draft tokens of every slot of a pool.
+
+    Parameters
+    ----------
+    pool : ndarray, [num_slots, HV, K, V] or [num_slots, HV, V, K]
+        The states, which are as they were before the pending tokens.
+    layout : {"kv", "vk"}
+        Order of the pool's last axes.
+    num_k_heads : int
+    capacity : int
+        Tokens that a slot can have pending; 0 for none but drafts.
+    stagger : bool
+        Fold slots that started together at different times: the first period of a slot is shorter by its number.
+
+    Attributes
+    ----------
+    pending : Entries
+    limit : ndarray of int64, [num_slots]
+        Pending tokens at which each slot's are folded.
+    drafts : Entries or None
+        Tokens that may be accepted, with each token's own decay; None before the first.
+    parents : ndarray of int64, [num_slots, MAX_DRAFTS]
+        The draft before each draft, -1 for none.
+    """
+
+    def __init__(self, pool: np.ndarray, layout: str, num_k_heads: int, capacity: int, stagger: bool) -> None:
+        self.pool, self.layout, self.capacity, self.stagger = pool, layout, capacity, stagger
+        num_slots, HV, K, V = pool.shape if layout == "kv" else (*pool.shape[:2], pool.shape[3], pool.shape[2])
+        # Not the dtype of a 16-bit pool: NumPy computes with these numbers as they are.
+        self.dtype = np.dtype("float64" if pool.dtype == np.float64 else "float32")
+        self._sizes = (num_slots, num_k_heads, HV, K, V, self.dtype)
+        self.pending = Entries(*self._sizes, capacity)
+        self.limit = np.empty(num_slots, np.int64)
+        self.restart(np.arange(num_slots))
+        self.drafts: Entries | None = None
+        self.parents = np.full((num_slots, MAX_DRAFTS), -1)
+        self._lock = threading.Lock()
 
     @property
     def nbytes(self) -> int:
         """Bytes of memory that the ring takes."""
-        return self.keys.nbytes + self.updates.nbytes + self.decays.nbytes + self.fill.nbytes
+        drafts = self.drafts.nbytes if self.drafts is not None else 0
+        return self.pending.nbytes + self.limit.nbytes + self.parents.nbytes + drafts
 
-    def pending(self, slots: np.ndarray | None = None) -> np.ndarray:
-        """Those of `slots` (of all slots without) that have tokens pending."""
-        if slots is None:
-            return np.flatnonzero(self.fill)
-        return slots[self.fill[slots] > 0]
+    def restart(self, slots: np.ndarray) -> None:
+        """Begin the first period of slots that have nothing pending."""
+        self.limit[slots] = 1 + slots % self.capacity if self.stagger and self.capacity else self.capacity
 
-    def discard(self, slots: np.ndarray) -> None:
-        """Forget the pending tokens of slots, whose states are overwritten."""
-        slots = self.pending(slots)
-        if slots.size:
-            self.fill[slots] = 0
-            self.decays[slots, :, 0] = 1
+    def check_accepted(self, slots: np.ndarray, accepted: np.ndarray) -> None:
+        """Refuse to accept what is no draft of its slot, or no path from the state.
 
-    def append(self, slots: Slots, count: int, keys: np.ndarray, updates: np.ndarray, decays: np.ndarray) -> None:
-        """Add a token to slots that have `count` pending already.
-
-        Parameters
-        ----------
-        slots : slice or ndarray of int, [n]
-        count : int
-        keys : ndarray, [n, H, K]
-        updates : ndarray, [n, HV, V]
-        decays : ndarray, [n, HV]
-            The token's own decay, which all that came before it undergoes.
+        Raises
+        ------
+        ValueError
         """
-        self.keys[slots, :, count] = keys
-        self.updates[slots, :, count] = updates
-        self.advance(slots, count, decays)
+        accepted, slots = accepted[slots >= 0], slots[slots >= 0]
+        count = self.drafts.fill[slots] if self.drafts is not None else np.zeros(slots.size, np.int64)
+        if accepted.ndim == 1:
+            for n in np.flatnonzero((accepted < 0) | (accepted > count)):
+                raise ValueError(f"accepted: slot {slots[n]} has {count[n]} drafts to accept, got {accepted[n]}")
+        paths = as_paths(accepted)
+        before = np.insert(paths, 0, -1, axis=1)[:, :-1]
+        for n, t in np.argwhere(paths >= count[:, None]):
+            raise ValueError(f"accepted: slot {slots[n]} has {count[n]} drafts, got number {paths[n, t]}")
+        follows = np.take_along_axis(self.parents[slots], np.maximum(paths, 0), axis=1)
+        gap = np.arange(paths.shape[1]) > np.count_nonzero(paths >= 0, axis=1)[:, None] - 1
+        for n, t in np.argwhere((paths >= 0) & (gap | (follows != before))):
+            said = f"draft {paths[n, t]}, whose parent is {follows[n, t]}, after {before[n, t]}"
+            raise ValueError(f"accepted: expected a path from the state for slot {slots[n]}, got {said}")
 
-    def advance(self, slots: Slots, count: int, decays: np.ndarray) -> None:
-        """Let a token count whose key and update have been put in place number `count` of slots."""
-        self.decays[slots, :, : 1 + count] *= decays[..., None]
-        self.decays[slots, :, 1 + count] = 1
-        self.fill[slots] = count + 1
+    def room_for_drafts(self) -> Entries:
+        """The drafts; memory for them is taken the first time."""
+        with self._lock:
+            if self.drafts is None:
+                self.drafts = Entries(*self._sizes, MAX_DRAFTS)
+        return self.drafts

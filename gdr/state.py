@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from gdr import _arrays, _backends, _inputs, _spec, _state_file, _threads
-from gdr._ring import Ring
+from gdr import _arrays, _backends, _inputs, _spec, _state_file
+from gdr._ring import MAX_DRAFTS
 
 _STATE_NAMES = {
     "initial_state": "the pool",
@@ -25,6 +25,9 @@ _STATE_NAMES = {
 
 # Mean number of tokens a sequence from which prefill runs chunkwise.
 CHUNK_FROM = {"cpu": 16, "cuda": 32}
+# Tokens a slot that steps leave pending, by backend: what was fastest.  Numba's kernel has a state in the cache anyway.
+RING = {"numpy": 16, "numba": 0, "cuda": 0}
+MAX_RING = 256
 
 
 class DeltaRuleState:
@@ -53,6 +56,13 @@ class DeltaRuleState:
         Order of the last two axes of the pool.
     device : str, default "cpu"
         "cpu", "cuda" or "cuda:1".
+    ring : int, optional
+        Tokens of a slot that `step` may leave pending before it writes them into the state in one go; 0: every step
+        writes the state.  By default what is fastest: 16 with NumPy, 0 with Numba and CUDA.
+    stagger : bool, default False
+        Let the first tokens of slot s be written after ``1 + s % ring`` of them, so that sequences that started
+        together do not have all their states written in the same step.  The last bits of a result then depend on the
+        slot.
 
     Raises
     ------
@@ -61,6 +71,13 @@ class DeltaRuleState:
 
     Notes
     -----
+    Pending tokens, and the drafts of `verify`, are kept in float32 on the host (float64 for a float64 state).
+    Everything that reads a state sees it with its pending tokens.
+
+    The drafts of a slot are dropped by `commit` and `rollback`, by another `verify`, and by whatever writes the slot:
+    `step`, `prefill`, `write`, `reset`, `free`, `flush` and `pool`.  `read`, `fork`, `save` and `to` see the state
+    without drafts and leave them as they are; a fork has none.
+
     Slot bookkeeping lives on the host and is thread-safe: `alloc` and `fork` return NumPy int32.  Every method takes
     slots as an integer, a sequence or a NumPy array and checks them; on a GPU `step`, `prefill`, `read`, `write` and
     `reset` take a device array as well, which is neither copied nor checked (a slot outside the pool is padding), so
@@ -96,6 +113,8 @@ class DeltaRuleState:
         dtype: str = "float32",
         layout: str = "kv",
         device: str = "cpu",
+        ring: int | None = None,
+        stagger: bool = False,
     ) -> None:
         num_k_heads = num_v_heads if num_k_heads is None else num_k_heads
         for name, value, most in (
@@ -111,6 +130,9 @@ class DeltaRuleState:
         if layout not in _spec.LAYOUTS:
             raise ValueError(f"layout: expected 'kv' or 'vk', got {layout!r}")
         _inputs.check_flag("use_qk_l2norm", use_qk_l2norm)
+        _inputs.check_flag("stagger", stagger)
+        if ring is not None:
+            _inputs.check_whole_number("ring", ring, MAX_RING, least=0)
         self.num_slots, self.num_v_heads, self.num_k_heads = (
             int(num_slots),
             int(num_v_heads),
@@ -136,7 +158,13 @@ class DeltaRuleState:
         self._allocated = np.zeros(self.num_slots, bool)
         self._free = list(range(self.num_slots - 1, -1, -1))
         self._dirty = np.zeros(self.num_slots, bool)
-        self._ring: Ring | None = None  # tokens that steps in NumPy have not written into the pool yet
+        self._asked_ring = None if ring is None else int(ring)
+        self.ring = self._default_ring() if ring is None else int(ring)
+        self.stagger = bool(stagger)
+        # The tokens that are not in the pool yet.  A pool without a ring has one for drafts from the first of them on.
+        self._ring: Any = None
+        if self.ring and self.A_log is not None:
+            self._make_ring()
 
     @property
     def _slot_shape(self) -> tuple[int, int, int]:
@@ -147,9 +175,10 @@ class DeltaRuleState:
     def pool(self) -> Any:
         """The states, ``[num_slots, HV, K, V]`` (``[num_slots, HV, V, K]`` with layout "vk"); writable in place.
 
-        Ask for it anew after a `step`: tokens may be pending then that only this property writes into the states.
+        Ask for it anew after a `step`: tokens may be pending then that only this property, like `flush`, writes into
+        the states.
         """
-        self._settle()
+        self.flush()
         return self._pool
 
     @property
@@ -159,14 +188,15 @@ class DeltaRuleState:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of memory that the pool takes, with the tokens that wait to be written into it."""
+        """Bytes of memory that the pool takes, with what is kept of tokens that are not written into it yet."""
         return self._pool.nbytes + (self._ring.nbytes if self._ring is not None else 0)
 
     def __repr__(self) -> str:
         return (
             f"DeltaRuleState({self.num_slots} slots, {self.num_free} free, HV={self.num_v_heads}, "
             f"H={self.num_k_heads}, K={self.head_k_dim}, V={self.head_v_dim}, dtype={self.dtype!r}, "
-            f"layout={self.layout!r}, device={self.device!r}, {self.nbytes / 2**20:.1f} MiB)"
+            f"layout={self.layout!r}, device={self.device!r}, ring={self.ring}"
+            f"{', stagger=True' if self.stagger else ''}, {self.nbytes / 2**20:.1f} MiB)"
         )
 
     def alloc(self, n: int = 1) -> np.ndarray:
@@ -229,7 +259,11 @@ class DeltaRuleState:
         self._check_allocated(host)
         new = self.alloc(host.size)
         self._dirty[new] = True
-        self._set(self._place(new), self._get(self._place(host)))
+        try:
+            self._copy(self._place(host), self._place(new))
+        except BaseException:
+            self.free(new)
+            raise
         return new
 
     def read(self, slots: Any) -> Any:
@@ -332,6 +366,114 @@ class DeltaRuleState:
         op = "chunk" if tokens >= CHUNK_FROM[self.device.partition(":")[0]] else "fused_recurrent"
         return self._run(op, q, k, v, a, b, slots, cu_seqlens, out)
 
+    def verify(
+        self,
+        q: Any,
+        k: Any,
+        v: Any,
+        a: Any,
+        b: Any,
+        slots: Any,
+        parents: Any | None = None,
+        *,
+        out: Any | None = None,
+    ) -> Any:
+        """Run draft tokens of each sequence without committing them: `commit` keeps some, `rollback` none.
+
+        Parameters
+        ----------
+        q, k : array, shape [N, T, H, K]
+            T from 1 to 16.
+        v : array, shape [N, T, HV, V]
+        a, b : array, shape [N, T, HV]
+            Raw logits of the decay and of the write strength.
+        slots : int array, shape [N]
+            Each sequence's slot; a negative one is padding.
+        parents : int array, shape [N, T], optional
+            The draft that each draft follows, an earlier one, or -1 where it follows the state itself.  None: a chain,
+            in which every draft follows the one before it.
+        out : array, v's shape and dtype, optional
+            Where the output goes.
+
+        Returns
+        -------
+        o : array, shape [N, T, HV, V]
+            The output of each draft after those that it follows.
+
+        Raises
+        ------
+        TypeError, ValueError, IndexError
+            As `step`; a parent that is no earlier draft (on a device such a draft follows the state).  Nothing is
+            changed, but drafts of these slots from before may be dropped.
+        """
+        shape = tuple(getattr(q, "shape", ()))
+        if len(shape) == 4 and not 1 <= shape[1] <= MAX_DRAFTS:
+            raise ValueError(f"q: expected from 1 to {MAX_DRAFTS} draft tokens a sequence, got shape {list(shape)}")
+        if parents is not None:
+            parents = self._whole_numbers("parents", parents, 2)
+            if len(shape) == 4 and tuple(parents.shape) != shape[:2]:
+                raise ValueError(f"parents: expected shape [N, T] = {list(shape[:2])}, got {list(parents.shape)}")
+            if isinstance(parents, np.ndarray):
+                parents = self._place(_checked_parents(parents))
+        return self._run("fused_recurrent", q, k, v, a, b, slots, None, out, draft=True, parents=parents)
+
+    def commit(self, slots: Any, accepted: Any) -> None:
+        """Keep some of the drafts of slots as if they had been stepped through, and drop the others.
+
+        Parameters
+        ----------
+        slots : int array, shape [N]
+            A negative one is padding.
+        accepted : int array, shape [N] or [N, L]
+            How many of a sequence's drafts are kept, from the first on; or which ones, as a path from the state:
+            each the parent of the next, then -1.
+
+        Raises
+        ------
+        TypeError, ValueError, IndexError
+            A wrong type or shape; more drafts than there are, or no path (on a device the count is cut, and a path ends
+            at the first index that is no draft); a slot that is not allocated, or named twice.  Nothing is changed.
+        """
+        slots = self._kernel_slots(slots)
+        accepted = self._whole_numbers("accepted", accepted, 1, 2)
+        if accepted.shape[0] != slots.shape[0]:
+            raise ValueError(
+                f"accepted: expected one row for each of {slots.shape[0]} slots, got shape {list(accepted.shape)}"
+            )
+        if self.device == "cpu":
+            self._make_ring().check_accepted(slots, accepted)
+        elif isinstance(accepted, np.ndarray):
+            accepted = self._place(accepted)
+        if self._ring is not None:
+            self._on_ring("commit", slots, accepted)
+
+    def rollback(self, slots: Any) -> None:
+        """Drop the drafts of slots, of which negative ones are padding.
+
+        Raises
+        ------
+        TypeError, ValueError, IndexError
+            By the argument's name; a slot that is not allocated, or named twice.
+        """
+        slots = self._kernel_slots(slots)
+        if self._ring is not None:
+            self._on_ring("rollback", slots)
+
+    def flush(self, slots: Any | None = None) -> None:
+        """Write the pending tokens of slots, of all without, into their states.
+
+        Every reader sees the pending tokens anyway; this is for choosing the time.
+
+        Raises
+        ------
+        TypeError, ValueError, IndexError
+            By the argument's name; a slot that is not allocated, or named twice.
+        """
+        if slots is not None:
+            slots = self._kernel_slots(slots)
+        if self._ring is not None:
+            self._on_ring("fold", slots)
+
     def save(self, path: str | Path) -> None:
         """Write the pool to a file, whole or not at all.
 
@@ -344,7 +486,7 @@ class DeltaRuleState:
         """
         with self._lock:
             allocated = np.flatnonzero(self._allocated)
-            parameters = {name: getattr(self, name) for name in _PARAMETERS}
+            parameters = self._parameters()
             arrays = {"slots": allocated.astype(np.int32), "states": self._to_host(self.read(allocated))}
             for name in ("A_log", "dt_bias"):
                 if getattr(self, name) is not None:
@@ -374,7 +516,7 @@ class DeltaRuleState:
         """Return the pool on `device`: itself if it is there already, else a copy with the same slots."""
         if _placement(device)[1] == self.device:
             return self
-        parameters: dict[str, Any] = {name: getattr(self, name) for name in _PARAMETERS}
+        parameters = self._parameters()
         if self.A_log is not None:
             parameters |= {"A_log": self._to_host(self.A_log), "dt_bias": self._to_host(self.dt_bias)}
         other = DeltaRuleState(**parameters, device=device)
@@ -382,6 +524,10 @@ class DeltaRuleState:
             allocated = np.flatnonzero(self._allocated)
             other._take(allocated, self._to_host(self.read(allocated)))
         return other
+
+    def _parameters(self) -> dict[str, Any]:
+        """What a copy of the pool is made with, but for arrays and the device."""
+        return {name: getattr(self, name) for name in _PARAMETERS} | {"ring": self._asked_ring}
 
     def _take(self, slots: np.ndarray, states: np.ndarray) -> None:
         """Fill a new pool with allocated slots and their states."""
@@ -403,6 +549,8 @@ class DeltaRuleState:
         slots: Any,
         cu_seqlens: Any | None,
         out: Any | None,
+        draft: bool = False,
+        parents: Any | None = None,
     ) -> Any:
         if self.A_log is None:
             raise ValueError("A_log: this state was made without it, so it can be read and written but not run")
@@ -437,33 +585,32 @@ class DeltaRuleState:
             softplus_beta=self.softplus_beta,
             softplus_threshold=self.softplus_threshold,
         )
-        if self.device == "cpu":
-            call.whole = True
-            call.ring = self._ring_for(call)
-            if call.ring is None:
-                self._settle(slots)
+        call.whole = self.device == "cpu"
+        call.draft, call.parents = draft, parents
+        if draft or (self.ring and _is_step(call.spec)):
+            call.ring = self._make_ring()
+        elif self._ring is not None:
+            self._on_ring("fold", call.initial_slots)
         _backends.run(call)
         return call.library.release(call.out) if out is None else out
 
-    def _ring_for(self, call: _inputs.Call) -> Ring | None:
-        """The ring that a call may leave its writes to: if it is a step in NumPy, in the ring's precision."""
-        spec = call.spec
-        if spec.op != "fused_recurrent" or spec.T != 1 or spec.varlen or _backends.cpu_backend() != "numpy":
-            return None
+    def _default_ring(self) -> int:
+        return RING["cuda" if self.device != "cpu" else _backends.cpu_backend()]
+
+    def _make_ring(self) -> Any:
+        """The pool's ring, made the first time."""
         with self._lock:
             if self._ring is None:
-                self._ring = Ring(self.num_slots, spec.H, spec.HV, spec.K, spec.V, np.dtype(spec.compute))
-        return self._ring if self._ring.keys.dtype == spec.compute else None
+                with self._here():
+                    self._ring = _backends.ring_module(self.device).Ring(
+                        self._pool, self.layout, self.num_k_heads, self.ring, self.stagger
+                    )
+        return self._ring
 
-    def _settle(self, slots: np.ndarray | None = None) -> None:
-        """Write the pending tokens of slots (of all without) into their states."""
-        if self._ring is None:
-            return
-        from gdr import _numpy_ring
-
-        slots = self._ring.pending(None if slots is None else slots[slots >= 0])
-        if slots.size:
-            _threads.uninterrupted(partial(_numpy_ring.fold, self._ring, self._pool, self.layout, slots))
+    def _on_ring(self, function: str, *args: Any) -> Any:
+        """Call a function of the ring's backend on the ring."""
+        with self._here():
+            return getattr(_backends.ring_module(self.device), function)(self._ring, *args)
 
     def _head_parameter(self, name: str, value: Any) -> Any | None:
         if value is None:
@@ -487,21 +634,29 @@ class DeltaRuleState:
 
     def _get(self, index: Any) -> Any:
         """Copy of the states at `index`, an array on the pool's device."""
+        if self._ring is not None:
+            return self._on_ring("read", index)
         if self.device == "cpu":
-            self._settle(index)
             return self._pool[index]
         with self._here():
             return _cuda_state().gather(self._pool, index)
 
     def _set(self, index: Any, states: Any) -> None:
         """Overwrite the states at `index`, an array on the pool's device."""
+        if self._ring is not None:
+            self._on_ring("forget", index)
         if self.device == "cpu":
-            if self._ring is not None:
-                self._ring.discard(index)
             self._pool[index] = states
             return
         with self._here():
             _cuda_state().scatter(self._pool, index, states)
+
+    def _copy(self, sources: Any, targets: Any) -> None:
+        """Copy states, with what is pending, between slots that are arrays on the pool's device."""
+        if self._ring is not None:
+            self._on_ring("copy", sources, targets)
+        else:
+            self._set(targets, self._get(sources))
 
     def _to_host(self, x: Any) -> np.ndarray:
         return x if self.device == "cpu" else self._xp.asnumpy(x)
@@ -555,6 +710,26 @@ class DeltaRuleState:
             raise ValueError(f"slots: expected every slot once, got slot {values[counts > 1][0]} more than once")
         return np.where(host < 0, -1, host).astype(np.int32)
 
+    def _whole_numbers(self, name: str, x: Any, *axes: int) -> Any:
+        """`x` as an array of int64 on the host, or as it is on the pool's device; of one of the numbers of `axes`."""
+        if self._on_device(x):
+            library = _arrays.library_of(x)
+            meta = library.meta(x)
+            kind = "i" if meta.dtype in _arrays.INTEGERS else ""
+            shape = meta.shape
+            x = library.adopt(x)
+        else:
+            library = _arrays.library_of(x)
+            if library is not None and library.meta(x).device != "cpu":
+                raise TypeError(f"{name}: expected an array on the host, got one on a CUDA device")
+            x = np.asarray(x if library is None else library.adopt(x))
+            kind, shape = x.dtype.kind, x.shape
+        if kind not in ("i", "u") and 0 not in shape:
+            raise TypeError(f"{name}: expected integers, got dtype {x.dtype}")
+        if len(shape) not in axes:
+            raise ValueError(f"{name}: expected {' or '.join(map(str, axes))} axes, got shape {list(shape)}")
+        return x.astype(np.int64) if isinstance(x, np.ndarray) else x
+
     def _check_allocated(self, host: np.ndarray) -> None:
         loose = host[~self._allocated[host]]
         if loose.size:
@@ -575,7 +750,20 @@ _PARAMETERS = (
     "softplus_threshold",
     "dtype",
     "layout",
+    "stagger",
 )
+
+
+def _checked_parents(parents: np.ndarray) -> np.ndarray:
+    late = (parents >= np.arange(parents.shape[1])) | (parents < -1)
+    if late.any():
+        n, t = np.argwhere(late)[0]
+        raise ValueError(f"parents: expected -1 or an earlier draft than {t}, got {parents[n, t]} in row {n}")
+    return parents
+
+
+def _is_step(spec: _spec.Spec) -> bool:
+    return spec.op == "fused_recurrent" and spec.T == 1 and not spec.varlen
 
 
 def _placement(device: Any) -> tuple[Any, str, Callable[[], AbstractContextManager[Any]]]:

@@ -8,10 +8,13 @@ from places import assert_same_bits
 
 import gdr
 from gdr import reference
-from gdr._ring import CAPACITY, Ring
+from gdr._numpy_ring import Ring, commit, copy, fold, forget, read, rollback
+from gdr._ring import Entries
+from gdr.state import RING
 from gdr.testing import assert_close, make_inputs
 
 N, H, HV, K, V = 3, 2, 4, 16, 24
+CAPACITY = RING["numpy"]
 
 
 @pytest.fixture(autouse=True)
@@ -44,34 +47,113 @@ def states_after(x, T, layout="kv"):
     )  # fmt: skip
 
 
+# -- the entries and the ring by hand
+# ------------------------------------------------------------------------------------------------------
+
+
+def hand_made(capacity=16, dtype=np.float64, **options):
+    """A ring over a pool of four slots of one head, K = 2, V = 3."""
+    return Ring(np.zeros((4, 1, 2, 3), dtype), "kv", 1, capacity, options.get("stagger", False))
+
+
+def add(entries, row, count, rng):
+    """Put a random token into a row by hand; return it."""
+    k, u, d = rng.normal(size=2), rng.normal(size=3), rng.uniform(0.5, 1)
+    entries.keys[row, 0, count], entries.updates[row, 0, count] = k, u
+    return k, u, d
+
+
 def test_append_and_fold_by_hand():
-    ring = Ring(4, 1, 1, 2, 3, np.dtype(np.float64))
+    ring = hand_made()
     rng = np.random.default_rng(0)
     h = rng.normal(size=(2, 3))
-    pool = np.zeros((4, 1, 2, 3))
-    pool[2, 0] = h
+    ring.pool[2, 0] = h
     for count in range(5):
-        k, u, d = rng.normal(size=2), rng.normal(size=3), rng.uniform(0.5, 1)
-        ring.append(np.array([2]), count, k[None, None], u[None, None], np.array([[d]]))
+        k, u, d = add(ring.pending, 2, count, rng)
+        ring.pending.advance(np.array([2]), count, np.array([[d]]))
         h = d * h + np.outer(k, u)
-    assert ring.pending().tolist() == [2]
-    assert ring.pending(np.array([0, 2, 3])).tolist() == [2]
-    assert ring.fill.tolist() == [0, 0, 5, 0]
-    from gdr._numpy_ring import fold
-
-    fold(ring, pool, "kv", np.array([2]))
-    np.testing.assert_allclose(pool[2, 0], h, rtol=1e-14)
-    assert not pool[[0, 1, 3]].any()
-    assert ring.pending().size == 0
-    assert ring.decays[2, 0, 0] == 1
+    assert ring.pending.fill.tolist() == [0, 0, 5, 0]
+    np.testing.assert_allclose(read(ring, np.array([2, 0, 2]))[[0, 2], 0], [h, h], rtol=1e-14)
+    assert ring.pending.fill.tolist() == [0, 0, 5, 0]
+    fold(ring, np.array([-1, 2]))
+    np.testing.assert_allclose(ring.pool[2, 0], h, rtol=1e-14)
+    assert not ring.pool[[0, 1, 3]].any()
+    assert not ring.pending.fill.any()
+    assert ring.pending.decays[2, 0, 0] == 1
 
 
-def test_discard_forgets_what_is_pending():
-    ring = Ring(2, 1, 1, 2, 2, np.dtype(np.float32))
-    ring.append(slice(0, 2), 0, np.ones((2, 1, 2)), np.ones((2, 1, 2)), np.full((2, 1), 0.5))
-    ring.discard(np.array([0]))
-    assert ring.pending().tolist() == [1]
-    assert ring.decays[:, 0, 0].tolist() == [1.0, 0.5]
+def test_forget_drops_what_is_pending():
+    ring = hand_made()
+    rng = np.random.default_rng(0)
+    for slot in (0, 1):
+        _, _, d = add(ring.pending, slot, 0, rng)
+        ring.pending.advance(np.array([slot]), 0, np.array([[d]]))
+    forget(ring, np.array([0]))
+    assert ring.pending.fill.tolist() == [0, 1, 0, 0]
+    fold(ring)
+    assert not ring.pool[0].any()
+    assert ring.pool[1].any()
+
+
+def test_take_and_append_by_hand():
+    rng = np.random.default_rng(0)
+    drafts, pending = Entries(2, 1, 1, 2, 3, np.dtype(float), 5), Entries(4, 1, 1, 2, 3, np.dtype(float), 7)
+    tokens = {(row, t): add(drafts, row, t, rng) for row in range(2) for t in range(5)}
+    for (row, t), (_, _, d) in tokens.items():
+        drafts.decays[row, 0, 1 + t] = d
+    paths = np.array([[0, 3, -1, -1], [1, 2, 4, -1]])
+    before = add(pending, 3, 0, rng)
+    pending.advance(np.array([3]), 0, np.array([[before[2]]]))
+    pending.append(np.array([1, 3]), drafts.take(np.arange(2), paths))
+    assert pending.fill.tolist() == [0, 2, 0, 4]
+    for slot, chain in ((1, [tokens[0, 0], tokens[0, 3]]), (3, [before, *(tokens[1, t] for t in (1, 2, 4))])):
+        own = [d for _, _, d in chain]
+        for t, (k, u, _) in enumerate(chain):
+            assert pending.keys[slot, 0, t].tolist() == k.tolist()
+            assert pending.updates[slot, 0, t].tolist() == u.tolist()
+            np.testing.assert_allclose(pending.decays[slot, 0, 1 + t], np.prod(own[t + 1 :]), rtol=1e-14)
+        np.testing.assert_allclose(pending.decays[slot, 0, 0], np.prod(own), rtol=1e-14)
+
+
+@pytest.mark.parametrize("capacity", [0, 1, 3, 16])
+def test_commit_by_hand(capacity):
+    ring = hand_made(capacity)
+    rng = np.random.default_rng(0)
+    states = ring.pool[:, 0] = rng.normal(size=(4, 2, 3))
+    for _ in range(5):
+        drafts = ring.room_for_drafts()
+        for slot in (1, 2):
+            for t in range(4):
+                k, u, d = add(drafts, slot, t, rng)
+                drafts.decays[slot, 0, 1 + t] = d
+                if t < slot:
+                    states[slot] = d * states[slot] + np.outer(k, u)
+            drafts.fill[slot] = 4
+        commit(ring, np.array([2, -1, 1]), np.array([2, 4, 1]))
+        assert not drafts.fill.any()
+        np.testing.assert_allclose(read(ring, np.arange(4))[:, 0], states, rtol=1e-13)
+        assert (ring.pending.fill <= capacity).all()
+
+
+def test_copy_and_rollback_by_hand():
+    ring = hand_made(stagger=True)
+    rng = np.random.default_rng(0)
+    ring.pool[...] = rng.normal(size=ring.pool.shape)
+    add(ring.pending, 2, 0, rng)
+    ring.pending.advance(np.array([2]), 0, np.array([[0.5]]))
+    ring.room_for_drafts().fill[:] = 3
+    rollback(ring, np.array([0, -1]))
+    assert ring.drafts.fill.tolist() == [0, 3, 3, 3]
+    copy(ring, np.array([2, 1]), np.array([3, 0]))
+    assert ring.drafts.fill.tolist() == [0, 3, 3, 0]
+    assert ring.limit.tolist() == [2, 2, 3, 3]
+    states = read(ring, np.arange(4))
+    assert_same_bits(states[[3, 0]], states[[2, 1]])
+    assert ring.pending.fill.tolist() == [0, 0, 1, 1]
+
+
+# -- a pool with a ring
+# ------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("layout", ["kv", "vk"])
@@ -211,13 +293,26 @@ def test_a_16_bit_state_is_rounded_once_a_ring(dtype):
     assert_close(state.read(slots), want, rtol=rounding)
 
 
-def test_nbytes_accounts_for_the_ring():
-    x = problem(1)
+def test_nbytes_and_repr_account_for_the_ring():
+    x = problem(4)
     state, slots = pool_of(x)
-    alone = state.nbytes
-    step(state, x, 0, slots)
-    assert state.nbytes == alone + state._ring.nbytes
-    assert state._ring.nbytes >= (N + 3) * CAPACITY * (H * K + HV * V) * 4
+    without, _ = pool_of(x, ring=0)
+    assert without.nbytes == (N + 3) * HV * K * V * 4
+    a_ring = state.nbytes - without.nbytes
+    assert a_ring >= (N + 3) * CAPACITY * (H * K + HV * V) * 4
+    assert pool_of(x, ring=2 * CAPACITY)[0].nbytes - without.nbytes > 1.8 * a_ring
+    for t in range(4):
+        step(state, x, t, slots)
+    assert state.nbytes == without.nbytes + a_ring  # memory is taken once
+    state.verify(x.q, x.k, x.v, x.a, x.b, slots)
+    with_drafts = state.nbytes
+    assert with_drafts > without.nbytes + a_ring
+    state.verify(x.q, x.k, x.v, x.a, x.b, slots)
+    assert state.nbytes == with_drafts
+    assert f"ring={CAPACITY}" in repr(state)
+    assert "ring=0" in repr(without)
+    assert "stagger=True" in repr(pool_of(x, stagger=True)[0])
+    assert f"{with_drafts / 2**20:.1f} MiB" in repr(state)
 
 
 def test_changing_the_backend_between_steps_loses_nothing(monkeypatch):
