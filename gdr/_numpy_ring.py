@@ -31,7 +31,7 @@ from gdr._numpy_states import (
     states_of,
 )
 from gdr._numpy_states import read as products
-from gdr._ring import Entries, Ring, as_paths
+from gdr._ring import Entries, Ring
 
 L2_EPS = 1e-6
 
@@ -110,12 +110,12 @@ def verify(call: Call) -> None:
 
 
 def commit(ring: Ring, slots: np.ndarray, accepted: np.ndarray) -> None:
-    """Keep some drafts of slots, ``[n]`` how many or ``[n, L]`` which, and drop the others."""
+    """Keep of each slot the drafts from the state to number ``accepted - 1``, and drop the others."""
     accepted = accepted[slots >= 0]
     slots = slots[slots >= 0]
     if ring.drafts is None or not slots.size:
         return
-    _threads.uninterrupted(partial(_commit, ring, slots, as_paths(accepted)))
+    _threads.uninterrupted(partial(_commit, ring, slots, ring.paths_to(slots, accepted - 1)))
 
 
 def _commit(ring: Ring, slots: np.ndarray, paths: np.ndarray) -> None:

@@ -123,14 +123,6 @@ class Entries:
         return taken
 
 
-def as_paths(accepted: np.ndarray) -> np.ndarray:
-    """Numbers of drafts as paths along a chain, ``[n, L]`` padded by -1; paths as they are."""
-    if accepted.ndim == 2:
-        return accepted
-    order = np.arange(accepted.max(initial=0))
-    return np.where(order < accepted[:, None], order, -1)
-
-
 class Ring:
     """The pending and the draft tokens of every slot of a pool.
 
@@ -180,8 +172,29 @@ class Ring:
         """Begin the first period of slots that have nothing pending."""
         self.limit[slots] = 1 + slots % self.capacity if self.stagger and self.capacity else self.capacity
 
+    def paths_to(self, slots: np.ndarray, last: np.ndarray) -> np.ndarray:
+        """The drafts of slots from the state to one of them, or to none for -1: ``[n, L]`` padded by -1."""
+        paths = np.full((slots.size, 1 + last.max(initial=-1)), -1)
+        place = np.zeros(slots.size, np.int64)
+        # The parents of a draft are earlier drafts: from the last one up, in reverse.
+        at = last
+        while (at >= 0).any():
+            on = at >= 0
+            paths[on, place[on]] = at[on]
+            place += on
+            at = np.where(on, self.parents[slots, at], -1)
+        order = np.arange(paths.shape[1])
+        reverse = np.where(order < place[:, None], place[:, None] - 1 - order, order)
+        return np.take_along_axis(paths, reverse, axis=1)
+
     def check_accepted(self, slots: np.ndarray, accepted: np.ndarray) -> None:
-        """Refuse to accept what is no draft of its slot, or no path from the state.
+        """Refuse to accept what is no draft of its slot, or no path from the state to one.
+
+        Parameters
+        ----------
+        slots : ndarray of int, [n]
+        accepted : ndarray of int, [n] or [n, L]
+            How many drafts, or a path.
 
         Raises
         ------
@@ -189,18 +202,16 @@ class Ring:
         """
         accepted, slots = accepted[slots >= 0], slots[slots >= 0]
         count = self.drafts.fill[slots] if self.drafts is not None else np.zeros(slots.size, np.int64)
+        most = accepted if accepted.ndim == 1 else 1 + accepted.max(axis=1, initial=-1)
+        for n in np.flatnonzero((most < 0) | (most > count)):
+            raise ValueError(f"accepted: slot {slots[n]} has {count[n]} drafts to accept, got {accepted[n]}")
         if accepted.ndim == 1:
-            for n in np.flatnonzero((accepted < 0) | (accepted > count)):
-                raise ValueError(f"accepted: slot {slots[n]} has {count[n]} drafts to accept, got {accepted[n]}")
-        paths = as_paths(accepted)
-        before = np.insert(paths, 0, -1, axis=1)[:, :-1]
-        for n, t in np.argwhere(paths >= count[:, None]):
-            raise ValueError(f"accepted: slot {slots[n]} has {count[n]} drafts, got number {paths[n, t]}")
-        follows = np.take_along_axis(self.parents[slots], np.maximum(paths, 0), axis=1)
-        gap = np.arange(paths.shape[1]) > np.count_nonzero(paths >= 0, axis=1)[:, None] - 1
-        for n, t in np.argwhere((paths >= 0) & (gap | (follows != before))):
-            said = f"draft {paths[n, t]}, whose parent is {follows[n, t]}, after {before[n, t]}"
-            raise ValueError(f"accepted: expected a path from the state for slot {slots[n]}, got {said}")
+            return
+        paths = self.paths_to(slots, most - 1)
+        for given, path, slot in zip(accepted.tolist(), paths.tolist(), slots):
+            whole = [draft for draft in path if draft >= 0]
+            if [draft if draft >= 0 else -1 for draft in given] != whole + [-1] * (len(given) - len(whole)):
+                raise ValueError(f"accepted: expected the path {whole} to a draft of slot {slot}, got {given}")
 
     def room_for_drafts(self) -> Entries:
         """The drafts; memory for them is taken the first time."""

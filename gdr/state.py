@@ -425,14 +425,15 @@ class DeltaRuleState:
         slots : int array, shape [N]
             A negative one is padding.
         accepted : int array, shape [N] or [N, L]
-            How many of a sequence's drafts are kept, from the first on; or which ones, as a path from the state:
-            each the parent of the next, then -1.
+            ``[N]``: n for the drafts up to the n-th, which are the first n of a chain, and in a tree the n-th and those
+            that it follows; 0 for none.  ``[N, L]``: the drafts themselves, each the parent of the next, then -1.
 
         Raises
         ------
         TypeError, ValueError, IndexError
-            A wrong type or shape; more drafts than there are, or no path (on a device the count is cut, and a path ends
-            at the first index that is no draft); a slot that is not allocated, or named twice.  Nothing is changed.
+            A wrong type or shape; more drafts than there are, or no path of the tree (on a device a number is cut, and
+            of a path the last draft says what is kept); a slot that is not allocated, or named twice.  Nothing is
+            changed.
         """
         slots = self._kernel_slots(slots)
         accepted = self._whole_numbers("accepted", accepted, 1, 2)
@@ -444,6 +445,8 @@ class DeltaRuleState:
             self._make_ring().check_accepted(slots, accepted)
         elif isinstance(accepted, np.ndarray):
             accepted = self._place(accepted)
+        if accepted.ndim == 2:
+            accepted = 1 + accepted.max(axis=1, initial=-1)  # a draft comes after those that it follows
         if self._ring is not None:
             self._on_ring("commit", slots, accepted)
 

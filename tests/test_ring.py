@@ -120,6 +120,7 @@ def test_commit_by_hand(capacity):
     ring = hand_made(capacity)
     rng = np.random.default_rng(0)
     states = ring.pool[:, 0] = rng.normal(size=(4, 2, 3))
+    ring.parents[:, :4] = np.arange(-1, 3)
     for _ in range(5):
         drafts = ring.room_for_drafts()
         for slot in (1, 2):
