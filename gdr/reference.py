@@ -173,9 +173,10 @@ def fused_sigmoid_gating_delta_rule_update(
         return o, None
     new_pool = pool.copy()
     if not disable_state_update:
-        for slot, h in zip(final_slots, states, strict=True):
-            if h is not None:
-                new_pool[slot] = h
+        for (_, bos, eos), read, written, h in zip(spans, initial_slots, final_slots, states, strict=True):
+            # Without tokens a slot stays as it is: another sequence may be writing it.
+            if h is not None and (bos < eos or read != written):
+                new_pool[written] = h
     return o, _from_kv(new_pool, state_layout)
 
 

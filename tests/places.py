@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -33,6 +34,22 @@ class Place:
     def get(self, x: Any) -> np.ndarray:
         """A copy of x in NumPy."""
         return np.array(to_numpy(x))
+
+    def stream(self) -> AbstractContextManager[Any]:
+        """A context whose work goes to a stream of its own, where there are streams."""
+        if self.on_host:
+            return nullcontext()
+        import cupy
+
+        return cupy.cuda.Stream(non_blocking=True)
+
+    def device_mib(self) -> float:
+        """What arrays take of a device's memory; 0 on the host."""
+        if self.on_host:
+            return 0.0
+        import cupy
+
+        return cupy.get_default_memory_pool().used_bytes() / 2**20
 
     def inputs(self, x: Inputs) -> Inputs:
         return x.to("numpy") if self.on_host else x.to("cupy", "cuda")

@@ -394,11 +394,11 @@ def test_later_tokens_of_a_chunk_do_not_change_earlier_outputs(place):
 
 
 @pytest.mark.parametrize("factor", [2.0, -0.25])
-def test_scaling_values_scales_outputs(host, factor):
+def test_scaling_values_scales_outputs(place, factor):
     x = make_inputs(B=2, T=100)
-    o, h = chunk(host, x, output_final_state=True)
+    o, h = chunk(place, x, output_final_state=True)
     x.v *= np.float32(factor)
-    o_scaled, h_scaled = chunk(host, x, output_final_state=True)
+    o_scaled, h_scaled = chunk(place, x, output_final_state=True)
     assert_same_bits(o_scaled, o * np.float32(factor))
     assert_same_bits(h_scaled, h * np.float32(factor))
 

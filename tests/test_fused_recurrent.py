@@ -293,6 +293,17 @@ def test_an_empty_sequence_may_share_a_slot_that_nobody_else_writes(host):
     assert np.isfinite(o).all()
 
 
+def test_an_empty_sequence_may_share_a_slot_that_another_one_writes(place):
+    x = make_inputs(lengths=[0, 3, 0], num_slots=3)
+    o, pool = update(place, x, slots=[1, 1, 1])
+    x.cu_seqlens, x.slots = np.array([0, 3], np.int32), np.array([1], np.int32)
+    want, want_pool = update(place, x)
+    assert_same_bits(o, want)
+    assert_same_bits(pool, want_pool)
+    exact = reference.fused_sigmoid_gating_delta_rule_update(*raw(x), x.state, [1, 1, 1], None, False, [0, 0, 3, 3])[1]
+    assert_close(pool, exact, rtol=RTOL["float32"])
+
+
 @pytest.mark.parametrize("sizes", [{"B": 0}, {"T": 0}, {"lengths": []}, {"lengths": [0, 0]}])
 def test_nothing_to_do(place, sizes):
     x = make_inputs(**sizes)

@@ -1,8 +1,12 @@
 """Thousands of random calls, most of them malformed: a clear refusal that writes nothing, or the right
 answer.
 
-Every array that a call may write lies between canaries.  GDR_FUZZ_CALLS sets the number of calls an
-operation, and GDR_FUZZ_SEED the first seed; a failure names the seed of its call.
+On the host every array that a call may write lies between canaries; on a device every array lies between guards
+of NaN, so that what is read outside an array shows in the answer.  GDR_FUZZ_CALLS sets the number of calls an
+operation, GDR_FUZZ_SEED the first seed, and GDR_FUZZ_GUARD the bytes of a guard; a failure names the seed of its
+call.  Under compute-sanitizer no guard and no pool of memory should lie between it and the ends of the arrays::
+
+    GDR_FUZZ_GUARD=0 GDR_FUZZ_CALLS=100 compute-sanitizer python tests/test_fuzz.py
 """
 
 from __future__ import annotations
@@ -18,10 +22,12 @@ from places import RTOL_CHUNK, assert_same_bits
 
 import gdr
 from gdr import reference
-from gdr.testing import make_inputs, relative_rms
+from gdr.testing import make_inputs, relative_rms, to_numpy
 
 CALLS = int(os.environ.get("GDR_FUZZ_CALLS", "3400"))
+DEVICE_CALLS = int(os.environ.get("GDR_FUZZ_CALLS", "150"))  # new dtypes and sizes cost a compilation
 FIRST_SEED = int(os.environ.get("GDR_FUZZ_SEED", "0"))
+GUARD = int(os.environ.get("GDR_FUZZ_GUARD", "4096"))
 REFUSALS = (TypeError, ValueError, IndexError)
 CANARY = 0x5A
 DTYPES = [np.float32, np.float16, ml_dtypes.bfloat16, np.float64]
@@ -51,23 +57,65 @@ class Memory:
         return view
 
 
-def random_call(operation, rng, memory):
-    """A good call: arguments by name."""
+class DeviceMemory:
+    """Copies of host arrays on a device, between guards whose every element is NaN, with the same strides."""
+
+    def __init__(self):
+        self.blocks = []
+        self._copies = {}
+
+    def moved(self, x):
+        """A copy of an array that a device can hold; one array that is given twice stays one."""
+        if not isinstance(x, np.ndarray) or not x.dtype.isnative or x.dtype.char not in "?bhilqBHILQefdFDE":
+            return x
+        if id(x) not in self._copies:
+            self._copies[id(x)] = x, self._copy(x)
+        return self._copies[id(x)][1]
+
+    def _copy(self, x):
+        import cupy
+
+        reach = [step * (n - 1) for n, step in zip(x.shape, x.strides)] if x.size else []
+        low, high = sum(r for r in reach if r < 0), sum(r for r in reach if r > 0) + x.itemsize * bool(x.size)
+        first = GUARD + -(low // 16) * 16 + x.__array_interface__["data"][0] % 16  # as aligned as it was
+        image = np.full(first + high + GUARD, 0xFF, np.uint8)
+        np.ndarray(x.shape, x.dtype, image, first, x.strides)[...] = x
+        block = cupy.asarray(image)
+        self.blocks.append((block, image, first, x))
+        return cupy.ndarray(x.shape, x.dtype, block.data + first, x.strides)
+
+    def assert_untouched(self, written=()):
+        """Check that nothing changed but elements of the arrays in `written` (host arrays)."""
+        for block, image, first, x in self.blocks:
+            after, before = block.get(), image.copy()
+            if any(x is y for y in written):
+                for bytes_ in (after, before):
+                    elements = np.ndarray((*x.shape, x.itemsize), np.uint8, bytes_, first, (*x.strides, 1))
+                    elements[...] = 0
+            assert_same_bits(after, before, "memory that the call does not name")
+
+
+HEAD_DIMS = [(K, V) for K in (1, 2, 3, 8, 17) for V in (1, 2, 5, 8)]
+
+
+def random_call(operation, rng, memory, head_dims=HEAD_DIMS, stretch=1):
+    """A good call: arguments by name.  `stretch` multiplies its lengths."""
+    K, V = head_dims[rng.integers(len(head_dims))]
     H, group = int(rng.integers(1, 3)), int(rng.integers(1, 3))
     sizes = {
         "H": H,
         "HV": H * group,
-        "K": int(rng.choice([1, 2, 3, 8, 17])),
-        "V": int(rng.choice([1, 2, 5, 8])),
+        "K": K,
+        "V": V,
         "dtype": np.dtype(DTYPES[rng.integers(4)]).name,
         "layout": str(rng.choice(["kv", "vk"])),
         "seed": int(rng.integers(1 << 30)),
     }
     packed = rng.random() < 0.5
     if packed:
-        sizes["lengths"] = rng.integers(0, 5, size=rng.integers(0, 4)).tolist()
+        sizes["lengths"] = (stretch * rng.integers(0, 5, size=rng.integers(0, 4))).tolist()
     else:
-        sizes |= {"B": int(rng.integers(0, 4)), "T": int(rng.integers(0, 5))}
+        sizes |= {"B": int(rng.integers(0, 4)), "T": stretch * int(rng.integers(0, 5))}
     x = make_inputs(**sizes)
     call = {name: getattr(x, name) for name in ("q", "k", "v")}
     if packed:
@@ -109,7 +157,9 @@ def mutated_array(x: np.ndarray, rng):
     choice = rng.integers(14)
     axis = int(rng.integers(x.ndim)) if x.ndim else 0
     if choice == 0 and x.ndim:  # one more or one less along an axis
-        return np.concatenate([x, x.take([0], axis)], axis) if x.shape[axis] else x.sum(axis=axis, keepdims=True)
+        if not x.shape[axis]:
+            return np.zeros((*x.shape[:axis], 1, *x.shape[axis + 1 :]), x.dtype)
+        return np.concatenate([x, x.take([0], axis)], axis)
     if choice == 1 and x.ndim:
         return x.take(range(max(0, x.shape[axis] - 1)), axis)
     if choice == 2:
@@ -200,10 +250,8 @@ def oracle(operation, call):
         return run(**{name: value for name, value in call.items() if name in wanted})
 
 
-def check_answer(operation, call, before, result):
-    is_update = operation is gdr.fused_sigmoid_gating_delta_rule_update
-    o = result if is_update else result[0]
-    state = call.get("initial_state_source") if is_update else result[1]
+def check_answer(operation, call, before, o, state):
+    """Compare an output, and the pool or the final states, with what the reference says of the call."""
     want_o, want_state = oracle(operation, call | before)
     assert o.shape == np.shape(call["v"])
     assert o.dtype == call["v"].dtype
@@ -258,29 +306,116 @@ def run_one(operation, seed):
         ) if view.size else elements[:0]  # fmt: skip
         mask[...] = True
         assert_same_bits(block[~elements], was[~elements], "canaries")
-    check_answer(operation, call, before, result)
+    if operation is gdr.fused_sigmoid_gating_delta_rule_update:
+        check_answer(operation, call, before, result, call.get("initial_state_source"))
+    else:
+        check_answer(operation, call, before, *result)
     return False
 
 
-@pytest.mark.parametrize(
-    "operation",
-    [
-        gdr.fused_sigmoid_gating_delta_rule_update,
-        gdr.fused_recurrent_gated_delta_rule,
-        gdr.chunk_gated_delta_rule,
-    ],
+def run_one_on_a_device(operation, seed):
+    """As `run_one`, with arrays of a device; now and then one of them stays on the host."""
+    rng = np.random.default_rng(seed)
+    # Two sizes, for each is many a compilation; 16 columns and long sequences are what the chunk kernels take.
+    stretch = 35 if operation is gdr.chunk_gated_delta_rule and rng.random() < 0.3 else 1
+    call = random_call(operation, rng, Memory(), head_dims=[(3, 5), (16, 16)], stretch=stretch)
+    for _ in range(rng.choice(4, p=[0.1, 0.5, 0.25, 0.15])):
+        mutate(call, operation, rng)
+    if "check" not in call and rng.random() < 0.5:
+        call["check"] = True
+    arrays = [name for name, value in call.items() if isinstance(value, np.ndarray)]
+    stays = arrays[rng.integers(len(arrays))] if arrays and rng.random() < 0.05 else None
+    before = {name: call[name].copy() for name in arrays}
+    memory = DeviceMemory()
+    moved = {name: value if name == stays else memory.moved(value) for name, value in call.items()}
+    try:
+        result = operation(**moved)
+    except REFUSALS:
+        memory.assert_untouched()
+        return True
+    is_update = operation is gdr.fused_sigmoid_gating_delta_rule_update
+    pool = call.get("initial_state_source") if is_update and not call.get("disable_state_update") else None
+    written = [y for y in (call.get("out"), pool) if y is not None]
+    memory.assert_untouched(written)
+    if any(sum(x is y for x in call.values()) > 1 for y in written):  # read as well, in no order
+        return False
+    o = result if is_update else result[0]
+    state = (moved.get("initial_state_source") if pool is not None else None) if is_update else result[1]
+    o, state = to_numpy(o), None if state is None else to_numpy(state)
+    rows = described_rows(call, is_update)
+    if call.get("check") is True:
+        assert rows is not None, "slots or offsets that should have been refused"
+    if rows is None:  # two rows race, or offsets lie: nothing outside was written, and there is no right answer
+        return False
+    if pool is not None:
+        others = np.setdiff1d(np.arange(len(pool)), rows["writes"])
+        assert_same_bits(state[others], before["initial_state_source"][others], "slots that no row names")
+    if is_update:
+        before |= {name: rows[name] for name in ("initial_state_indices", "output_state_indices") if name in before}
+    check_answer(operation, call, before, o, state)
+    return False
+
+
+def described_rows(call, is_update):
+    """The slots as a device takes them, where one past the pool is padding; None where no answer is the right one."""
+    cu_seqlens, v = call.get("cu_seqlens"), call["v"]
+    lengths = np.full(len(v), v.shape[1])
+    if cu_seqlens is not None:
+        lengths = np.diff(cu_seqlens.astype(object))
+        if cu_seqlens[0] != 0 or cu_seqlens[-1] != v.shape[1] or (lengths < 0).any():
+            return None
+    pool = call.get("initial_state_source") if is_update else None
+    if pool is None:
+        return {"writes": []}
+    given = call.get("initial_state_indices")
+    reads = list(range(len(lengths))) if given is None else [n if 0 <= n < len(pool) else -1 for n in given.tolist()]
+    given = call.get("output_state_indices")
+    writes = reads if given is None else [n if 0 <= n < len(pool) else -1 for n in given.tolist()]
+    rows = [(r, w) for r, w, n in zip(reads, writes, lengths) if min(r, w) >= 0 and (n or r != w)]
+    if not call.get("disable_state_update"):
+        written = [w for _, w in rows]
+        crossed = any(r in written and written.index(r) != i for i, (r, _) in enumerate(rows))
+        if len(set(written)) < len(written) or crossed:
+            return None
+    return {
+        "writes": [w for _, w in rows],
+        "initial_state_indices": np.array(reads, np.int64),
+        "output_state_indices": np.array(writes, np.int64),
+    }
+
+
+OPERATIONS = (
+    gdr.fused_sigmoid_gating_delta_rule_update,
+    gdr.fused_recurrent_gated_delta_rule,
+    gdr.chunk_gated_delta_rule,
 )
-def test_refused_or_right(host, operation):
-    refused = 0
-    for seed in range(FIRST_SEED, FIRST_SEED + CALLS):
+
+
+def search(operation, seeds, run=run_one):
+    """Run the calls of some seeds; returns how many were refused."""
+    refused, failures = 0, []
+    for seed in seeds:
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("error")
-                refused += run_one(operation, seed)
+                refused += run(operation, seed)
         except Exception as error:
-            raise AssertionError(f"seed {seed}: {type(error).__name__}: {error}") from error
+            failures.append(f"seed {seed}: {type(error).__name__}: {error}")
+    assert not failures, "\n".join([f"{len(failures)} of {len(seeds)} calls of {operation.__name__}:", *failures[:9]])
     # Both kinds must be there in numbers, or the search has gone astray.
-    assert 0.2 * CALLS < refused < 0.95 * CALLS
+    assert 0.2 * len(seeds) < refused < 0.95 * len(seeds)
+    return refused
+
+
+@pytest.mark.parametrize("operation", OPERATIONS)
+def test_refused_or_right(host, operation):
+    search(operation, range(FIRST_SEED, FIRST_SEED + CALLS))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("operation", OPERATIONS)
+def test_refused_or_right_on_a_device(operation):
+    search(operation, range(FIRST_SEED, FIRST_SEED + DEVICE_CALLS), run_one_on_a_device)
 
 
 @pytest.mark.gpu
@@ -307,3 +442,12 @@ def test_no_slot_on_a_device_writes_outside_the_pool():
         touched = np.zeros(slots + 8, bool)
         touched[4 + indices[inside]] = True
         assert_same_bits(base.get()[~touched], before.get()[~touched], "slots that no row names")
+
+
+if __name__ == "__main__":
+    import cupy
+
+    cupy.cuda.set_allocator(None)  # one allocation an array
+    for operation in OPERATIONS:
+        refused = search(operation, range(FIRST_SEED, FIRST_SEED + DEVICE_CALLS), run_one_on_a_device)
+        print(f"{operation.__name__}: {DEVICE_CALLS} calls, {refused} refused")

@@ -198,24 +198,29 @@ class Server:
 
 def resident_mib() -> float:
     gc.collect()
+    if sys.platform != "linux":
+        return 0.0
     with open("/proc/self/statm") as file:
         return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20
 
 
 def serve(place: Place, seconds: float, threads: int) -> dict:
-    """Serve on several pools at once; return what was done."""
+    """Serve on several pools at once, each in a thread and on a stream of its own; return what was done."""
     failures: list[BaseException] = []
 
-    def run(server: Server, until: float) -> None:
+    def run(seed: int, until: float, servers: list[Server]) -> None:
         try:
-            server.serve(until)
+            with place.stream():
+                server = Server(place, seed)
+                servers.append(server)
+                server.serve(until)
         except BaseException as error:
             failures.append(error)
 
     def together(seconds: float, seed: int) -> list[Server]:
-        servers = [Server(place, seed + n) for n in range(threads)]
+        servers: list[Server] = []
         until = time.monotonic() + seconds
-        workers = [threading.Thread(target=run, args=(server, until)) for server in servers]
+        workers = [threading.Thread(target=run, args=(seed + n, until, servers)) for n in range(threads)]
         for worker in workers:
             worker.start()
         for worker in workers:
@@ -225,13 +230,19 @@ def serve(place: Place, seconds: float, threads: int) -> dict:
         return servers
 
     together(seconds / 4, 100)  # compiles, and fills every cache
-    before = resident_mib() if sys.platform == "linux" else 0.0
+    before, device_before = resident_mib(), place.device_mib()
     servers = together(seconds * 3 / 4, 0)
     total = {name: sum(server.done[name] for server in servers) for name in servers[0].done}
     worst = max(server.worst for server in servers)
     del servers
-    after = resident_mib() if sys.platform == "linux" else 0.0
-    return {"threads": threads, **total, "worst": worst, "growth_mib": round(after - before, 1)}
+    growth, device_growth = resident_mib() - before, place.device_mib() - device_before
+    return {
+        "threads": threads,
+        **total,
+        "worst": worst,
+        "growth_mib": round(growth, 1),
+        "device_growth_mib": round(device_growth, 1),
+    }
 
 
 @pytest.mark.parametrize("threads", [1, 3])
@@ -240,6 +251,7 @@ def test_nothing_is_lost_under_load(place, threads):
     assert done["departures"] == done["arrivals"] + done["forks"]
     assert min(done["replays"], done["forks"], done["refusals"], done["prefills"]) > 0, done
     assert done["growth_mib"] < 32, done
+    assert done["device_growth_mib"] < 1, done
 
 
 if __name__ == "__main__":
