@@ -67,7 +67,7 @@ class Call:
 _specs: dict[tuple, Spec] = {}
 # What makes the signature of each operand, by the operands' types.
 _signers: dict[tuple[type, ...], list[Callable[[Any], Any]]] = {}
-_MAX_SPECS = 4096
+_MAX_SPECS = 1024
 
 
 def prepare(
