@@ -10,14 +10,18 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
+import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+HERE = Path(__file__).resolve().parent
+sys.path[:0] = [str(HERE.parent), str(HERE)]
+
 import gdr
 from gdr.testing import make_inputs, relative_rms, to_numpy
+from provenance import provenance
 
 LENGTHS = (1, 4, 16, 64, 256, 1024, 4096)
 DTYPES = ("float32", "float16", "bfloat16")
@@ -53,15 +57,7 @@ def measure(backend: str) -> dict[str, Any]:
                             "h": relative_rms(to_numpy(h), want_h),
                         }
                     )
-    return {"backend": backend, "device": _device(backend), "gdr": gdr.__version__, "shape": SHAPE, "rows": rows}
-
-
-def _device(backend: str) -> str:
-    if backend != "cuda":
-        return f"{platform.machine()}, NumPy {np.__version__}"
-    import cupy
-
-    return cupy.cuda.runtime.getDeviceProperties(0)["name"].decode()
+    return provenance(backend) | {"shape": SHAPE, "rows": rows}
 
 
 def main() -> None:
@@ -71,7 +67,7 @@ def main() -> None:
     args = parser.parse_args()
     if args.backend != "cuda":
         os.environ["GDR_CPU"] = args.backend
-    path = Path(__file__).parent / "data" / f"numerics-{args.backend}.json"
+    path = HERE / "data" / f"numerics-{args.backend}.json"
     path.write_text(json.dumps(measure(args.backend), indent=1) + "\n", encoding="utf-8")
     print(path)
 

@@ -12,47 +12,50 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import sys
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).resolve().parent
-sys.path[:0] = [str(HERE.parent), str(HERE.parent / "tests")]
+sys.path[:0] = [str(HERE.parent), str(HERE.parent / "tests"), str(HERE)]
+
+from provenance import provenance
+
+PARTS = 12  # of the random calls of an operation, for as many processes
 
 
-def fuzz(calls: int) -> dict[str, Any]:
-    """Random calls, most of them malformed: how many were refused, and how many answered rightly."""
-    import warnings
+def load(backend: str, seconds: float, threads: int) -> dict[str, Any]:
+    """Continuous batching: what was done, and the largest error of the sequences that were run again."""
+    import test_load
+    from places import Place
 
-    import test_fuzz
-
-    import gdr
-
-    done = {}
-    for operation in (
-        gdr.fused_sigmoid_gating_delta_rule_update,
-        gdr.fused_recurrent_gated_delta_rule,
-        gdr.chunk_gated_delta_rule,
-    ):
-        with warnings.catch_warnings():
-            warnings.simplefilter("error")
-            refused = sum(test_fuzz.run_one(operation, seed) for seed in range(calls))
-        done[operation.__name__] = {"calls": calls, "refused": refused, "answered": calls - refused}
-    return done
+    return {"seconds": seconds} | test_load.serve(Place(backend), seconds, threads)
 
 
-def model(place: Any, examples: int) -> dict[str, int]:
+def model(backend: str, examples: int) -> dict[str, int]:
     """Random sequences of operations on a pool, each compared with the model after every operation."""
     from hypothesis import settings
     from hypothesis.stateful import run_state_machine_as_test
+    from places import Place
     from test_state_model import StatePool
 
-    machine = type("Machine", (StatePool,), {"place": place})
+    machine = type("Machine", (StatePool,), {"place": Place(backend)})
     run_state_machine_as_test(
         machine, settings=settings(max_examples=examples, stateful_step_count=100, deadline=None, database=None)
     )
     return {"examples": examples, "operations": machine.operations}
+
+
+def fuzz(backend: str, operation: str, seeds: range) -> int:
+    """Random calls, most of them malformed: how many were refused; the others were answered rightly."""
+    import test_fuzz
+
+    import gdr
+
+    run = test_fuzz.run_one_on_a_device if backend == "cuda" else test_fuzz.run_one
+    return test_fuzz.search(getattr(gdr, operation), seeds, run)
 
 
 def main() -> None:
@@ -61,23 +64,31 @@ def main() -> None:
     parser.add_argument("--backend", choices=["numpy", "numba", "cuda"], default="numpy")
     parser.add_argument("--seconds", type=float, default=120.0, help="of load")
     parser.add_argument("--threads", type=int, default=2, help="with a pool each, under load")
-    parser.add_argument("--calls", type=int, default=10_000, help="random calls of each operation (on the host)")
+    parser.add_argument("--calls", type=int, default=10_000, help="random calls of each operation")
     parser.add_argument("--examples", type=int, default=300, help="random sequences of operations on a pool")
     options = parser.parse_args()
     if options.backend != "cuda":
         os.environ["GDR_CPU"] = options.backend
 
-    import test_load
-    from places import Place
+    import test_fuzz
 
-    import gdr
-
-    place = Place(options.backend)
-    result: dict[str, Any] = {"version": gdr.__version__, "machine": platform.machine(), "backend": options.backend}
-    result["load"] = {"seconds": options.seconds} | test_load.serve(place, options.seconds, options.threads)
-    result["model"] = model(place, options.examples)
-    if place.on_host:
-        result["fuzz"] = fuzz(options.calls)
+    backend, calls = options.backend, options.calls
+    result = provenance(backend)
+    # The host's cores are for one search at a time; on a device most of the time goes to the compiler.
+    with ProcessPoolExecutor(os.cpu_count() if backend == "cuda" else 1, get_context("spawn")) as pool:
+        parts = {"load": pool.submit(load, backend, options.seconds, options.threads)}
+        parts["model"] = pool.submit(model, backend, options.examples)
+        refusals = {
+            operation.__name__: [
+                pool.submit(fuzz, backend, operation.__name__, range(n, calls, PARTS)) for n in range(PARTS)
+            ]
+            for operation in test_fuzz.OPERATIONS
+        }
+        result |= {name: part.result() for name, part in parts.items()}
+        refused = {name: sum(part.result() for part in parts) for name, parts in refusals.items()}
+    result["fuzz"] = {
+        name: {"calls": calls, "refused": count, "answered": calls - count} for name, count in refused.items()
+    }
     path = HERE / "data" / f"reliability-{options.backend}.json"
     path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     print(f"wrote {path.relative_to(HERE.parent)}")

@@ -38,8 +38,8 @@ def figures() -> dict[str, Figure]:
 def numerics_page() -> str:
     """A section for each backend whose errors were measured."""
     parts = [
-        f"### {NAMES[data['backend']]}: {data['device']}\n\n```{{figure}} /_build/figures/{name}.svg\n"
-        f":alt: Relative error by length for each dtype, {NAMES[data['backend']]}\n```\n"
+        f"### {NAMES[data['backend']]}\n\n```{{figure}} /_build/figures/{name}.svg\n"
+        f":alt: Relative error by length for each dtype, {NAMES[data['backend']]}\n```\n\n{_provenance(data)}\n"
         for name, data in _load("numerics-*.json").items()
     ]
     return "\n".join(parts)
@@ -59,17 +59,16 @@ def reliability_page() -> str:
         ("sequences run again in float64", lambda r: r["load"]["replays"]),
         ("largest relative error of one", lambda r: f"{r['load']['worst']:.1e}"),
         ("growth of memory, MiB", lambda r: r["load"]["growth_mib"]),
+        ("growth of the device's, MiB", lambda r: r["load"]["device_growth_mib"] if r["backend"] == "cuda" else "-"),
         ("random sequences of operations on a pool", lambda r: r["model"]["examples"]),
         ("operations in them", lambda r: r["model"]["operations"]),
-        ("random calls refused by name", lambda r: sum(x["refused"] for x in r.get("fuzz", {}).values()) or "-"),
-        (
-            "random calls answered as the reference does",
-            lambda r: sum(x["answered"] for x in r.get("fuzz", {}).values()) or "-",
-        ),
+        ("random calls refused by name", lambda r: sum(x["refused"] for x in r["fuzz"].values())),
+        ("random calls answered as the reference does", lambda r: sum(x["answered"] for x in r["fuzz"].values())),
     ]
     rows = [["", *(NAMES[run["backend"]] for run in runs)], ["---", *("---:" for _ in runs)]]
     rows += [[words, *(_thousands(count(run)) for run in runs)] for words, count in lines]
-    return "".join(f"| {' | '.join(row)} |\n" for row in rows)
+    table = "".join(f"| {' | '.join(row)} |\n" for row in rows)
+    return table + "".join(f"\n{NAMES[run['backend']]}: {_provenance(run)}\n" for run in runs)
 
 
 def _thousands(value: Any) -> str:
@@ -102,7 +101,7 @@ def _provenance(data: dict[str, Any]) -> str:
     if "driver" in data:
         versions["driver"] = data["driver"]
     what = ", ".join(f"{name} {version}" for name, version in versions.items())
-    return f"Taken on {data['date']} by `{data['command']}`: {what}."
+    return f"Taken on {data['date']} on {data['device']} by `{data['command']}`: {what}."
 
 
 def _numerics(data: dict[str, Any]) -> Figure:
