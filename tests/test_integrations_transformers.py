@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import importlib
+from pathlib import Path
 
 import pytest
 
@@ -322,6 +323,15 @@ def test_other_versions_are_refused_by_name(cpu_model, monkeypatch, version):
     monkeypatch.setattr(transformers, "__version__", version)
     with pytest.raises(ImportError, match=rf"transformers {version}: .* 4\.57 to 5\.24"):
         patch(cpu_model)
+
+
+def test_versions_are_those_that_the_documentation_names():
+    page = Path(__file__).parents[1] / "docs" / "from-transformers.md"
+    if not page.exists():
+        pytest.skip("needs a checkout")
+    first, last = (".".join(map(str, v)) for v in (integration.FIRST_VERSION, integration.LAST_VERSION))
+    for text in (page.read_text(encoding="utf-8"), patch.__doc__):
+        assert f"transformers {first} to {last}" in text
 
 
 def test_other_models_are_refused():
