@@ -11,7 +11,7 @@ does it for many tokens.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import partial
 from typing import NamedTuple
 
@@ -56,7 +56,6 @@ class _Drafts(NamedTuple):
     left: np.ndarray  # what is left at a draft of the state and of each draft, 0 off its path; [n, H, r, T, 1 + T]
     betas: np.ndarray  # [n, H, r, T]
     parents: np.ndarray  # [n, T]
-    tree: bool
     outputs: np.ndarray  # [n, H, r, T, V], to be filled
 
 
@@ -94,7 +93,9 @@ def verify(call: Call) -> None:
     drafts = ring.room_for_drafts()
     tokens = _load_drafts(call, live)
     states = by_key_head(ring.pool, spec)
-    blocks = blocks_of(spec, slots, slots, ring.pending.fill[slots], heads_a_block(spec))
+    # Stored numbers that are computed with as they are need no scratch, however many.
+    heads = spec.H if states.dtype == tokens.values.dtype else heads_a_block(spec)
+    blocks = blocks_of(spec, slots, slots, ring.pending.fill[slots], heads)
     rollback(ring, slots)
 
     def work(blocks: Iterator[Block]) -> None:
@@ -247,47 +248,42 @@ def _verify(tokens: _Drafts, states: np.ndarray, ring: Ring, block: Block, spec:
     weights = weights.astype(kq.dtype, copy=False)
     values, betas = tokens.values[block.rows, block.heads], tokens.betas[block.rows, block.heads]
     reads = reads.reshape(n, heads, -1, 2, T, reads.shape[-1])
-    outputs, updates = _solve(reads, weights, values, betas, np.matmul)
-    if tokens.tree and not np.isfinite(updates).all():
-        # A product of matrices would carry what is not finite from a draft to others that do not follow it.
-        on_path = left[..., None, :, 1:] != 0
-        for row in np.flatnonzero(~np.isfinite(updates).all(axis=(1, 2, 3, 4))):
-            one = slice(row, row + 1)
-            outputs[one], updates[one] = _solve(
-                reads[one], np.where(on_path[one], weights[one], 0), values[one], betas[one], _sum_of_seen
-            )
+    updates = np.matmul(_inverse(weights[..., 0, :, :], betas), (values - reads[..., 0, :, :]) * betas[..., None])
+    outputs = np.matmul(weights[..., 1, :, :], updates)
+    outputs += reads[..., 1, :, :]
+    bad = ~np.isfinite(updates).all(axis=(-2, -1))
+    if bad.any():
+        # A product of matrices carries what is not finite from a draft to others that do not follow it.
+        seen = np.where(left[..., None, :, 1:] != 0, weights, 0)
+        updates[bad], outputs[bad] = _one_by_one(reads[bad], seen[bad], values[bad], betas[bad])
     tokens.outputs[block.rows, block.heads] = outputs
     drafts = ring.room_for_drafts()
     drafts.keys[block.read, block.heads, :T] = keys
     drafts.updates[block.read, value_heads, :T] = updates.reshape(n, -1, T, updates.shape[-1])
 
 
-def _solve(
-    reads: np.ndarray,
-    weights: np.ndarray,
-    values: np.ndarray,
-    betas: np.ndarray,
-    product: Callable[[np.ndarray, np.ndarray], np.ndarray],
-) -> tuple[np.ndarray, np.ndarray]:
-    """Outputs and updates ``[n, H, r, T, V]`` of drafts, one after the other.
+def _inverse(weights: np.ndarray, betas: np.ndarray) -> np.ndarray:
+    """``(I + beta * strictly lower part of weights)^-1`` for ``[..., T, T]``, by substitution."""
+    T = weights.shape[-1]
+    inverse = np.zeros_like(weights)
+    inverse[..., np.arange(T), np.arange(T)] = 1
+    weights = weights * -betas[..., None]
+    for t in range(1, T):
+        np.matmul(weights[..., t : t + 1, :t], inverse[..., :t, :t], out=inverse[..., t : t + 1, :t])
+    return inverse
 
-    `reads` are the states' products with keys and queries ``[n, H, r, 2, T, V]``, `weights` what the keys and queries
-    take of each draft's update, ``[n, H, r, 2, T, T]``.
-    """
+
+def _one_by_one(
+    reads: np.ndarray, weights: np.ndarray, values: np.ndarray, betas: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Updates and outputs of the drafts of heads ``[m, T, V]``, each from drafts of weight other than 0 alone."""
     updates, outputs = np.empty_like(values), np.empty_like(values)
     for t in range(values.shape[-2]):
-        seen = reads[..., t, :]
-        if t:
-            seen = seen + product(weights[..., t, :t], updates[..., :t, :])
+        seen = weights[..., t, :t, None]
+        seen = reads[..., t, :] + np.where(seen != 0, seen * updates[..., None, :t, :], 0).sum(axis=-2)
         updates[..., t, :] = (values[..., t, :] - seen[..., 0, :]) * betas[..., t, None]
         outputs[..., t, :] = seen[..., 1, :] + weights[..., 1, t, t, None] * updates[..., t, :]
-    return outputs, updates
-
-
-def _sum_of_seen(weights: np.ndarray, updates: np.ndarray) -> np.ndarray:
-    """Product of matrices that passes over rows of weight 0."""
-    weights = weights[..., None]
-    return np.where(weights != 0, weights * updates[..., None, :, :], 0).sum(axis=-2)
+    return updates, outputs
 
 
 def _value_heads(block: Block, states: np.ndarray) -> slice:
@@ -382,8 +378,7 @@ def _load_drafts(call: Call, rows: np.ndarray) -> _Drafts:
             left[..., 1 + t, 1 + t] = 1
     values = by_head(_take(call, call.v, rows))
     betas = by_head(_take(call, beta, rows))
-    tree = call.parents is not None
-    return _Drafts(kq, values, decays, left[..., 1:, :], betas, parents, tree, np.empty_like(values))
+    return _Drafts(kq, values, decays, left[..., 1:, :], betas, parents, np.empty_like(values))
 
 
 def _take(call: Call, x: np.ndarray, rows: np.ndarray) -> np.ndarray:

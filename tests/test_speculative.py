@@ -214,7 +214,7 @@ def test_bad_values_stay_in_their_sequence(place):
     x.a[2, 1] = 1e30  # g = -inf
     o = place.get(state.verify(*tokens(place, x), slots))
     assert_same_bits(o[0], clean[0])
-    assert_same_bits(o[1, :2], clean[1, :2])
+    assert_close(o[1, :2], clean[1, :2], rtol=1e-6)
     assert_same_bits(o[1, :, 1:], clean[1, :, 1:])
     assert np.isnan(o[1, 2:, 0]).all()
     assert np.isfinite(o[2]).all()
