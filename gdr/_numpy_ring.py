@@ -129,7 +129,7 @@ def _commit(ring: Ring, slots: np.ndarray, paths: np.ndarray) -> None:
         ring.limit[slots[due]] = ring.capacity
     large = taken.fill > ring.capacity
     if large.any():
-        _write(ring, ring.pool, slots[large], taken, np.flatnonzero(large))
+        _write(ring, ring.pool, slots[large], taken, np.flatnonzero(large), written=ring.drafts)
         taken.clear(np.flatnonzero(large))
     if ring.capacity:
         ring.pending.append(slots, taken)
@@ -303,12 +303,23 @@ class _Pool(NamedTuple):
 
 def _fold(ring: Ring, slots: np.ndarray) -> None:
     """Write the pending tokens of slots into their states."""
-    _write(ring, ring.pool, slots, ring.pending, slots)
+    _write(ring, ring.pool, slots, ring.pending, slots, written=ring.pending)
     ring.pending.clear(slots)
 
 
-def _write(ring: Ring, pool: np.ndarray, targets: np.ndarray, entries: Entries, rows: np.ndarray) -> None:
-    """Write tokens, rows of `entries`, into states, `targets` of an array like the ring's pool."""
+def _write(
+    ring: Ring,
+    pool: np.ndarray,
+    targets: np.ndarray,
+    entries: Entries,
+    rows: np.ndarray,
+    written: Entries | None = None,
+) -> None:
+    """Write tokens, rows of `entries`, into states, `targets` of an array like the ring's pool.
+
+    The rows `targets` of `written` add nothing any more where they have been written: should a later block fail, all
+    can be done again.
+    """
     H, _, K = entries.keys.shape[1:]
     HV, _, V = entries.updates.shape[1:]
     spec = _Pool(H, HV, K, V, ring.layout, ring.dtype.name)
@@ -318,6 +329,8 @@ def _write(ring: Ring, pool: np.ndarray, targets: np.ndarray, entries: Entries, 
         with np.errstate(all="ignore"):
             for block in blocks:
                 _write_block(states, entries, block, ring.dtype, spec)
+                if written is not None:
+                    written.neutralise(block.write, _value_heads(block, states))
 
     blocks = blocks_of(spec, rows, targets, entries.fill[rows], heads_a_block(spec))
     for_each(work, blocks, rows.size, spec)

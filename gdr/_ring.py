@@ -72,6 +72,11 @@ class Entries:
         self.fill[rows] = 0
         self.decays[rows, :, 0] = 1
 
+    def neutralise(self, rows: Slots, heads: slice) -> None:
+        """Let the tokens of some value heads of rows change nothing when they are written."""
+        self.decays[rows, heads] = 1
+        self.updates[rows, heads] = 0
+
     def advance(self, rows: Slots, count: int, decays: np.ndarray) -> None:
         """Let a token count whose key and update have been put in place number `count` of rows.
 

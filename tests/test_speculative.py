@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
-
 import numpy as np
 import pytest
 from places import RTOL, Place, assert_same_bits
@@ -11,16 +9,12 @@ from places import RTOL, Place, assert_same_bits
 from gdr import DeltaRuleState, reference
 from gdr.testing import assert_close, make_inputs
 
+pytestmark = pytest.mark.usefixtures("rings")
+
 N, H, HV, K, V = 3, 2, 4, 16, 24
 RINGS = [0, 1, 5, 16]
 # For what does not depend on the backend.
 HOST = Place("numpy")
-
-
-@pytest.fixture(autouse=True)
-def _with_rings(request):
-    if request.node.get_closest_marker("gpu") and importlib.util.find_spec("gdr._cuda_ring") is None:
-        pytest.skip("this version has no rings on CUDA")
 
 
 def problem(T, **options):
