@@ -9,17 +9,20 @@ gate regime and number of steps.  The inputs are float32, the same for all pools
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
 import os
+import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+HERE = Path(__file__).resolve().parent
+sys.path[:0] = [str(HERE.parent), str(HERE)]
+
 import gdr
 from gdr.testing import make_inputs, relative_rms, to_library, to_numpy
-from measure_numerics import device_name
+from provenance import provenance
 
 STEPS = (1, 10, 100, 1000, 10_000)
 DTYPES = ("float32", "float16", "bfloat16")
@@ -45,15 +48,7 @@ def measure(backend: str) -> dict[str, Any]:
                 for (dtype, ring), pool in pools.items():
                     error = relative_rms(to_numpy(pool.read(slots)), want)
                     rows.append({"gates": gates, "dtype": dtype, "ring": ring, "steps": done, "error": error})
-    return {
-        "backend": backend,
-        "device": device_name(backend),
-        "gdr": gdr.__version__,
-        "date": datetime.date.today().isoformat(),
-        "command": f"python docs/measure_deferral.py --backend {backend}",
-        "shape": SHAPE,
-        "rows": rows,
-    }
+    return provenance(backend) | {"shape": SHAPE, "rows": rows}
 
 
 def _pool(x: Any, dtype: str, ring: int, backend: str) -> gdr.DeltaRuleState:
@@ -94,7 +89,7 @@ def main() -> None:
     args = parser.parse_args()
     if args.backend != "cuda":
         os.environ["GDR_CPU"] = args.backend
-    path = Path(__file__).parent / "data" / f"deferral-{args.backend}.json"
+    path = HERE / "data" / f"deferral-{args.backend}.json"
     path.write_text(json.dumps(measure(args.backend), indent=1) + "\n", encoding="utf-8")
     print(path)
 

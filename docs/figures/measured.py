@@ -1,8 +1,8 @@
 """Plots of measurements, drawn from docs/data.
 
-``numerics-*.json`` are written by docs/measure_numerics.py, ``reliability-*.json`` by
-docs/measure_reliability.py.  ``performance-*.json`` hold rows with a ``suite``, a ``case``, an ``impl`` and
-its time (``us`` or ``ms``), and the ``device`` they were taken on.
+``numerics-*.json`` are written by docs/measure_numerics.py, ``deferral-*.json`` by docs/measure_deferral.py,
+``reliability-*.json`` by docs/measure_reliability.py.  ``performance-*.json`` hold rows with a ``suite``, a
+``case``, an ``impl`` and its time (``us`` or ``ms``), and the ``device`` they were taken on.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ def _load(pattern: str) -> dict[str, dict[str, Any]]:
 def figures() -> dict[str, Figure]:
     """Every plot that the data at hand allow, by name."""
     drawn = {name: _numerics(data) for name, data in _load("numerics-*.json").items()}
+    drawn |= {name: _deferral(data) for name, data in _load("deferral-*.json").items()}
     for name, data in _load("performance-*.json").items():
         for suite, rows in _suites(data).items():
             drawn[f"{name}-{suite}"] = _performance(rows)
@@ -43,6 +44,16 @@ def numerics_page() -> str:
         for name, data in _load("numerics-*.json").items()
     ]
     return "\n".join(parts)
+
+
+def deferral_page() -> str:
+    """A figure for each backend on which states were followed for many steps."""
+    return "\n".join(
+        f"```{{figure}} /_build/figures/{name}.svg\n"
+        f":alt: Relative error of states by steps, in place and deferred, {NAMES[data['backend']]}\n```\n\n"
+        f"{NAMES[data['backend']]}: {_provenance(data)}\n"
+        for name, data in _load("deferral-*.json").items()
+    )
 
 
 def reliability_page() -> str:
@@ -122,6 +133,27 @@ def _numerics(data: dict[str, Any]) -> Figure:
         axis.grid(alpha=0.3)
     axes[0].set_ylabel("relative RMS error against float64")
     axes[1].legend(frameon=False, fontsize=8, ncols=2)
+    return figure
+
+
+def _deferral(data: dict[str, Any]) -> Figure:
+    figure = Figure(figsize=(9, 3.6), layout="constrained")
+    panels = {"slow": "slow decay", "ordinary": "ordinary decay", "fast": "fast decay"}
+    axes = figure.subplots(1, len(panels), sharey=True)
+    colors = {"float32": BLUE, "float16": GREEN, "bfloat16": ORANGE}
+    series = defaultdict(list)
+    for row in data["rows"]:
+        series[row["gates"], row["dtype"], row["ring"]].append(row)
+    for axis, (gates, title) in zip(axes, panels.items()):
+        for (regime, dtype, ring), rows in series.items():
+            if regime == gates:
+                steps, errors = [row["steps"] for row in rows], [row["error"] for row in rows]
+                label = f"{dtype}, {f'ring={ring}' if ring else 'in place'}"
+                axis.plot(steps, errors, "-" if ring else "--", marker="o", ms=3, color=colors[dtype], label=label)
+        axis.set(title=title, xlabel="steps", xscale="log", yscale="log", ylim=(3e-8, 5e-2))
+        axis.grid(alpha=0.3)
+    axes[0].set_ylabel("relative RMS error of the state")
+    axes[-1].legend(frameon=False, fontsize=8, loc="center", bbox_to_anchor=(0.5, 0.38))
     return figure
 
 
