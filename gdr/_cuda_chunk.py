@@ -64,16 +64,16 @@ class Plan:
         self.carried = 0 if self.at_once == self.chunks else spec.HV * _align(spec.K, 64) * spec.V * 4
         self.workspace = self.at_once * per_chunk + 2 * self.carried
         group = spec.HV // spec.H
-        self.heads_per_block = group
+        self.heads_per_block = min(group, 4)
         while self.heads_per_block > 1 and (
-            self.at_once * spec.H * -(-group // self.heads_per_block) < 6 * device.multiprocessors
+            self.at_once * spec.H * -(-group // self.heads_per_block) < 0.75 * device.multiprocessors
         ):
             self.heads_per_block = -(-self.heads_per_block // 2)
-        self.prepare_rows = spec.H * -(-group // self.heads_per_block)
+        self.prepare_parts = -(-group // self.heads_per_block)
         self.state_blocks = spec.N * spec.HV * (spec.V // tile.columns)
         self.state_block = (tile.threads, 1, 1)
         self.shared = tile.shared(spec.K)
-        self.prepare_shared = 2 * _key_tile(spec.K) + 10 * 512 + 4 * 512 + 4 * 16 * 20 * 4 + 4 * CHUNK * 12
+        self.prepare_shared = max(2 * _key_tile(spec.K), 2 * (10 * 512 + 4 * 324 * 4)) + 4 * CHUNK * 24
         self.fixed = _fixed(spec, self.heads_per_block)
         self.kernels: dict[bool, tuple[_cuda_loader.Kernel, _cuda_loader.Kernel]] = {}
 
@@ -138,7 +138,8 @@ def _run(call: Call, plan: Plan) -> None:
         read, written = carried + part % 2 * plan.carried, carried + (part + 1) % 2 * plan.carried
         _params.pack(*pointers, read, written, *scalars, first, last, *plan.fixed.values)
         if spec.T:
-            prepare.launch((last - first, plan.prepare_rows, 1), (128, 1, 1), _params, stream, plan.prepare_shared)
+            grid = spec.H, last - first, plan.prepare_parts
+            prepare.launch(grid, (128, 1, 1), _params, stream, plan.prepare_shared)
         state.launch((plan.state_blocks, 1, 1), plan.state_block, _params, stream, plan.shared)
 
 

@@ -63,7 +63,7 @@ struct Params {
     i64 initial_rows, final_rows;
     i64 T;
     int N, H, group;      // group: value heads of a key head
-    int heads_per_block;  // value heads of one key head that a block of chunk_prepare does
+    int heads_per_block;  // value heads of one key head that a block of chunk_prepare does, 4 at most
     int A_log_type, dt_bias_type, a_type, b_type;
     int initial_slots_wide, final_slots_wide, cu_seqlens_wide;  // int64, else int32
 };

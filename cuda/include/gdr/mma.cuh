@@ -107,6 +107,19 @@ __device__ __forceinline__ void publish_to_engines() {
 #endif
 }
 
+#if __CUDA_ARCH__ >= 900
+// Starts a copy from shared memory to global memory, of whole 16 bytes, and waits until such copies of this thread no
+// longer read.
+__device__ __forceinline__ void store_bulk(void* to, u32 from, u32 bytes) {
+    asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;\ncp.async.bulk.commit_group;" ::"l"(to),
+                 "r"(from), "r"(bytes)
+                 : "memory");
+}
+__device__ __forceinline__ void wait_bulk_stores_read() {
+    asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory");
+}
+#endif
+
 struct Barrier {
     unsigned long long state;
 
