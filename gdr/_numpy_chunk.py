@@ -21,9 +21,10 @@ alone, with BLAS on one thread.  A sequence's result is therefore the same in ev
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
@@ -41,6 +42,12 @@ INVERSE_BASE = 16
 # Scratch of a job, in bytes: enough tiles to amortise NumPy's calls, few enough to stay in the caches.
 JOB_BYTES = 4 << 20
 MAX_CHUNKS_PER_GROUP = 8
+# Scratch that is kept for each thread, and arrays made of it that it remembers.
+KEPT_BYTES = 32 << 20
+MAX_MADE = 64
+# Multiplications up to which OpenBLAS's kernels for AVX-512 multiply matrices where they are, at their best speed; the
+# library's own bound is about twice as high.
+SMALL_PRODUCT = 1 << 19
 # Below this many multiplications threads cost more than they bring.
 THREADING_THRESHOLD = 10_000_000
 # BLAS libraries may split products of more multiplications than this over threads.
@@ -49,10 +56,16 @@ BLAS_THREADING_THRESHOLD = 100_000
 FORGETS_ALL = {"float32": -104.0, "float64": -746.0}
 
 
+Made = TypeVar("Made")
+
+
 class _Job(NamedTuple):
     """Some sequences (longest first) and some neighbouring key heads."""
 
     rows: list[Row]
+    pieces: list[Piece]
+    read: slice | None  # their states, where they are neighbours
+    write: slice | None
     tile: int  # rows of a tile: a power of two
     tokens: int  # tokens of a tile, at most `tile`
     group: int  # chunks prepared at a time
@@ -60,23 +73,49 @@ class _Job(NamedTuple):
     heads: int
 
 
-class _Tiles(NamedTuple):
-    """What a group of tiles has computed without the state; axes: sequence, chunk, key head, ..."""
+class _Tiles:
+    """The arrays of m chunks of S sequences; axes: sequence, chunk, key head, (value head,) ..."""
 
-    keys: np.ndarray  # [S, m, n, C, K]
-    keys_queries: np.ndarray  # [S, m, n, 2C, K]
-    values: np.ndarray  # [S, m, n, r, C, V], replaced by the outputs
-    solve: np.ndarray  # T, [S, m, n, r, C, C]
-    attend: np.ndarray  # M_q * D, [S, m, n, r, C, C]
-    decay_in: np.ndarray  # e^G, [S, m, n, r, C]
-    decay_out: np.ndarray  # e^(G_C - G), [S, m, n, r, C]
+    def __init__(self, scratch: _Scratch, S: int, m: int, n: int, r: int, C: int, K: int, V: int, dtype: np.dtype):
+        take = scratch.take
+        self.x = take("keys_queries", (S, m, n, 2, C, K), dtype)
+        self.values = take("values", (S, m, n, r, C, V), dtype)  # replaced by the outputs
+        self.log_decays = take("log_decays", (S, m, n, r, C), np.dtype(np.float64))
+        self.betas = take("betas", (S, m, n, r, C), dtype)
+        self.by_token = (
+            self.x[:, :, :, 0].transpose(0, 1, 3, 2, 4),
+            self.x[:, :, :, 1].transpose(0, 1, 3, 2, 4),
+            self.values.transpose(0, 1, 4, 2, 3, 5),
+            self.log_decays.transpose(0, 1, 4, 2, 3),
+            self.betas.transpose(0, 1, 4, 2, 3),
+        )
+        self.keys = self.x[:, :, :, 0]
+        self.keys_queries = self.x.reshape(S, m, n, 2 * C, K)
+        self.products = take("products", (S, m, n, 2 * C, C), dtype)
+        self.attend = take("attend", (S, m, n, r, C, C), dtype)  # M_q * D
+        self.triangle = take("triangle", self.attend.shape, dtype)
+        self.solve = take("solve", self.attend.shape, dtype)  # T
+        self.decay_in = self.decay_out = self.betas  # e^G and e^(G_C - G), to be replaced
+
+
+class _States:
+    """The states of S sequences and what a chunk computes with them; axes: sequence, key head, value head, ..."""
+
+    def __init__(self, scratch: _Scratch, S: int, n: int, r: int, C: int, K: int, V: int, dtype: np.dtype):
+        take = scratch.take
+        self.h = take("h", (S, n, r, K, V), dtype)
+        self.read = take("read", (S, n, r, 2 * C, V), dtype)
+        self.both = self.read.reshape(S, n, r, 2, C, V)
+        self.u = take("u", (S, n, r, C, V), dtype)
+        self.written = take("written", self.h.shape, dtype)
 
 
 class _Scratch:
-    """Named buffers that grow to the largest request and are used again."""
+    """Named buffers that grow to the largest request and are used again, and the arrays made of them."""
 
     def __init__(self) -> None:
         self._buffers: dict[tuple[str, np.dtype], np.ndarray] = {}
+        self._made: dict[tuple, Any] = {}
 
     def take(self, name: str, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
         """An uninitialised contiguous array; the last one taken under this name becomes invalid."""
@@ -84,25 +123,58 @@ class _Scratch:
         buffer = self._buffers.get((name, dtype))
         if buffer is None or buffer.size < size:
             buffer = self._buffers[name, dtype] = np.empty(size, dtype)
+            self._made.clear()
         return buffer[:size].reshape(shape)
+
+    def make(self, kind: Callable[..., Made], *sizes: Any) -> Made:
+        """``kind(self, *sizes)``, the one of the last time where its buffers are still the same."""
+        key = kind, sizes
+        made = self._made.get(key)
+        if made is None:
+            made = kind(self, *sizes)
+            if len(self._made) >= MAX_MADE:
+                self._made.clear()
+            self._made[key] = made
+        return made
+
+    @property
+    def nbytes(self) -> int:
+        return sum(buffer.nbytes for buffer in self._buffers.values())
+
+
+# Fresh memory costs a page fault every 4 KiB, as much time as a short call needs for its arithmetic: scratch is kept
+# for the next call, what was used last, and is so in the cache, first.
+_kept: list[_Scratch] = []
+
+
+@contextmanager
+def _scratch() -> Iterator[_Scratch]:
+    """Scratch of the caller's own."""
+    try:
+        scratch = _kept.pop()
+    except IndexError:
+        scratch = _Scratch()
+    yield scratch
+    if scratch.nbytes <= KEPT_BYTES and len(_kept) <= _threads.thread_count():
+        _kept.append(scratch)
 
 
 def run(call: Call) -> None:
     """Fill ``call.out`` and ``call.final_state``."""
-    rows = live_rows(call)
-    if rows:
-        g, beta = gates(call) if call.spec.gates == "raw" else (call.g, call.beta)
-        run_rows(call, rows, g, beta, min(call.chunk_size, MAX_CHUNK))
-
-
-def run_rows(call: Call, rows: list[Row], g: np.ndarray, beta: np.ndarray, chunk: int) -> None:
-    """Run some sequences, up to `chunk` tokens at a time, and write their states."""
-    spec = call.spec
-    jobs, threads = _plan(call, rows, chunk)
+    spec, chunk, threads = call.spec, min(call.chunk_size, MAX_CHUNK), _threads.thread_count()
+    plan = spec.plan.get((chunk, threads))
+    if plan is None:
+        rows = live_rows(call)
+        plan = _plan(spec, rows, chunk, threads) if rows else ([], 1)
+        if len(rows) == spec.N and call.cu_seqlens is None and call.initial_slots is None and call.final_slots is None:
+            spec.plan[chunk, threads] = plan
+    jobs, threads = plan
+    if not jobs:
+        return
+    g, beta = gates(call) if spec.gates == "raw" else (call.g, call.beta)
 
     def work(jobs: Iterator[_Job]) -> None:
-        scratch = _Scratch()
-        with np.errstate(all="ignore"):
+        with _scratch() as scratch, np.errstate(all="ignore"):
             for job in jobs:
                 _run_job(call, g, beta, job, scratch)
 
@@ -113,15 +185,14 @@ def run_rows(call: Call, rows: list[Row], g: np.ndarray, beta: np.ndarray, chunk
             _threads.for_each(work, jobs, threads)
 
 
-def _plan(call: Call, rows: list[Row], chunk: int) -> tuple[list[_Job], int]:
+def _plan(spec: Spec, rows: list[Row], chunk: int, threads: int) -> tuple[list[_Job], int]:
     """Split the call into jobs, largest tiles first; return them and the number of threads to use."""
-    spec = call.spec
     by_tile: dict[int, list[Row]] = {}
     for row in sorted(rows, key=lambda row: row.eos - row.bos, reverse=True):
         by_tile.setdefault(_power_of_two(min(row.eos - row.bos, chunk)), []).append(row)
     work = sum(len(_chunks(row, chunk)) * tile for tile, members in by_tile.items() for row in members)
     work *= 3 * spec.HV * spec.K * spec.V
-    threads = _threads.thread_count() if work >= THREADING_THRESHOLD else 1
+    threads = threads if work >= THREADING_THRESHOLD else 1
 
     jobs = []
     for tile, members in by_tile.items():
@@ -133,12 +204,23 @@ def _plan(call: Call, rows: list[Row], chunk: int) -> tuple[list[_Job], int]:
         units = min(most, math.ceil(len(members) * spec.H / threads))
         heads = math.ceil(spec.H / math.ceil(spec.H / min(units, spec.H)))
         together = max(1, units // spec.H)
-        jobs += [
-            _Job(members[first : first + together], tile, tokens, group, head, min(heads, spec.H - head))
-            for first in range(0, len(members), together)
-            for head in range(0, spec.H, heads)
-        ]
+        for first in range(0, len(members), together):
+            some = members[first : first + together]
+            shared = (
+                some,
+                pieces_of(some),
+                _neighbours([row.read for row in some]),
+                _neighbours([row.write for row in some]),
+            )
+            jobs += [
+                _Job(*shared, tile, tokens, group, head, min(heads, spec.H - head)) for head in range(0, spec.H, heads)
+            ]
     return jobs, threads
+
+
+def _neighbours(numbers: list[int]) -> slice | None:
+    first, last = numbers[0], numbers[0] + len(numbers)
+    return slice(first, last) if numbers == list(range(first, last)) else None
 
 
 def _chunks(row: Row, tokens: int) -> range:
@@ -156,17 +238,20 @@ def _tile_bytes(spec: Spec, C: int) -> int:
 
 
 def _run_job(call: Call, g: np.ndarray, beta: np.ndarray, job: _Job, scratch: _Scratch) -> None:
+    spec = call.spec
+    sizes = job.heads, spec.HV // spec.H, job.tile, spec.K, spec.V, np.dtype(spec.compute)
     chunks = [len(_chunks(row, job.tokens)) for row in job.rows]
-    pieces = pieces_of(job.rows)
-    h = _load_states(call, job, scratch)
+    _load_states(call, job, scratch.make(_States, len(chunks), *sizes).h)
     for first in range(0, chunks[0], job.group):
         last = min(first + job.group, chunks[0])
         active = sum(count > first for count in chunks)
-        tiles = _prepare(call, g, beta, job, pieces, active, first, last, scratch)
+        tiles = scratch.make(_Tiles, active, last - first, *sizes)
+        _prepare(call, g, beta, job, tiles, first, last, scratch)
         for chunk in range(first, last):
-            _advance(tiles, chunk - first, h[: sum(count > chunk for count in chunks)], scratch)
-        _store_outputs(call, job, pieces, active, first, tiles.values)
-    _store_states(call, job, h)
+            states = scratch.make(_States, sum(count > chunk for count in chunks), *sizes)
+            _advance(tiles, chunk - first, states)
+        _store_outputs(call, job, first, tiles)
+    _store_states(call, job, scratch.make(_States, len(chunks), *sizes).h)
 
 
 def _spread(tiles: np.ndarray, tokens: np.ndarray, per_tile: int) -> None:
@@ -200,53 +285,36 @@ def _prepare(
     g: np.ndarray,
     beta: np.ndarray,
     job: _Job,
-    pieces: list[Piece],
-    active: int,
+    tiles: _Tiles,
     first: int,
     last: int,
     scratch: _Scratch,
-) -> _Tiles:
+) -> None:
     """Gather the chunks [first, last) of the active sequences and compute all that needs no state."""
     spec = call.spec
-    dtype = np.dtype(spec.compute)
-    r, C, n = spec.HV // spec.H, job.tile, job.heads
-    S, m = active, last - first
-    x = scratch.take("keys_queries", (S, m, n, 2, C, spec.K), dtype)
-    v = scratch.take("values", (S, m, n, r, C, spec.V), dtype)
-    G = scratch.take("log_decay", (S, m, n, r, C), np.dtype(np.float64))
-    b = scratch.take("beta", (S, m, n, r, C), dtype)
-
-    key_heads = slice(job.first_head, job.first_head + n)
+    r, C, active = spec.HV // spec.H, job.tile, len(tiles.x)
+    key_heads = slice(job.first_head, job.first_head + job.heads)
     value_heads = slice(key_heads.start * r, key_heads.stop * r)
-    by_token = [
-        (x[:, :, :, 0].transpose(0, 1, 3, 2, 4), call.k[:, :, key_heads]),
-        (x[:, :, :, 1].transpose(0, 1, 3, 2, 4), call.q[:, :, key_heads]),
-        (v.transpose(0, 1, 4, 2, 3, 5), _by_key_head(call.v[:, :, value_heads], r)),
-        (G.transpose(0, 1, 4, 2, 3), _by_key_head(g[:, :, value_heads], r)),
-        (b.transpose(0, 1, 4, 2, 3), _by_key_head(beta[:, :, value_heads], r)),
-    ]
-    for piece in pieces:
+    operands = (
+        call.k[:, :, key_heads],
+        call.q[:, :, key_heads],
+        *(_by_key_head(x[:, :, value_heads], r) for x in (call.v, g, beta)),
+    )
+    for piece in job.pieces:
         if piece.start < active:
             begin, end = first * job.tokens, min(last * job.tokens, piece.row.length)
-            for tiles, tokens in by_token:
-                _spread(tiles[piece.start : piece.stop], piece.tokens(tokens, begin, end), job.tokens)
+            for tokens, target in zip(operands, tiles.by_token):
+                _spread(target[piece.start : piece.stop], piece.tokens(tokens, begin, end), job.tokens)
 
-    _normalise(x, spec.l2norm, call.scale)
-    k = x[:, :, :, 0]
-    stacked = x.reshape(S, m, n, 2 * C, spec.K)
-    products = scratch.take("products", (S, m, n, 2 * C, C), dtype)
-    np.matmul(stacked, k.swapaxes(-1, -2), out=products)
-
-    D = scratch.take("decay", (S, m, n, r, C, C), dtype)
-    decay_in, decay_out = _decays(G, D, FORGETS_ALL[spec.compute])
-    A = scratch.take("triangle", D.shape, dtype)
+    _normalise(tiles.x, spec.l2norm, call.scale)
+    products, D, A, T = tiles.products, tiles.attend, tiles.triangle, tiles.solve
+    np.matmul(tiles.keys_queries, tiles.keys.swapaxes(-1, -2), out=products)
+    tiles.decay_in, tiles.decay_out = _decays(tiles.log_decays, D, FORGETS_ALL[spec.compute])
     np.multiply(products[:, :, :, None, :C], D, out=A)
-    A *= b[..., None]
+    A *= tiles.betas[..., None]
     D *= products[:, :, :, None, C:]
-    T = scratch.take("solve", D.shape, dtype)
     _invert_unit_lower(A.reshape(-1, C, C), T.reshape(-1, C, C), scratch)
-    T *= b[..., None, :]
-    return _Tiles(k, stacked, v, T, D, decay_in, decay_out)
+    T *= tiles.betas[..., None, :]
 
 
 def _by_key_head(x: np.ndarray, r: int) -> np.ndarray:
@@ -270,10 +338,9 @@ def _normalise(x: np.ndarray, l2norm: bool, scale: float) -> None:
 def _decays(g: np.ndarray, D: np.ndarray, forgets_all: float) -> tuple[np.ndarray, np.ndarray]:
     """Fill ``D[..., i, j] = exp(G_i - G_j)`` (0 above the diagonal) and return e^G and e^(G_C - G).
 
-    G is the running sum of `g` (float64, overwritten) over a tile.  It is a large number next to the
-    differences that matter, so its float32 value alone would lose their digits: what rounding leaves is added
-    back.  A token that forgets everything does not enter the sum, where -inf - -inf would be NaN; it starts a
-    new era instead, and nothing decays from one era to a later one.
+    G is the running sum of `g` (float64, overwritten) over a tile.  It is a large number next to the differences that
+    matter, so they are taken before they are rounded.  A token that forgets everything does not enter the sum, where
+    -inf - -inf would be NaN; it starts a new era instead, and nothing decays from one era to a later one.
     """
     forgets = g <= forgets_all
     era = None
@@ -283,12 +350,7 @@ def _decays(g: np.ndarray, D: np.ndarray, forgets_all: float) -> tuple[np.ndarra
     G = np.cumsum(g, axis=-1, out=g)
     decay_in = np.exp(G)
     decay_out = np.exp(G[..., -1:] - G)
-    high = G.astype(D.dtype)
-    np.subtract(high[..., :, None], high[..., None, :], out=D)
-    if D.dtype != G.dtype:
-        low = np.subtract(G, high, dtype=np.float64).astype(D.dtype)
-        D += low[..., :, None]
-        D -= low[..., None, :]
+    np.subtract(G[..., :, None], G[..., None, :], out=D, dtype=G.dtype, casting="same_kind")
     D += _minus_infinity_above(D.shape[-1], D.dtype)
     if era is not None:
         D[era[..., :, None] != era[..., None, :]] = -np.inf
@@ -305,25 +367,33 @@ def _minus_infinity_above(n: int, dtype: np.dtype) -> np.ndarray:
     return mask
 
 
+def _diagonal_blocks(A: np.ndarray, size: int) -> np.ndarray:
+    """The blocks on the diagonals of matrices ``[N, C, C]``: ``[N, C / size, size, size]``, a view."""
+    N, C, _ = A.shape
+    matrix, row, column = A.strides
+    return np.ndarray((N, C // size, size, size), A.dtype, A, 0, (matrix, size * (row + column), row, column))
+
+
+@lru_cache(maxsize=64)
+def _identity(n: int, dtype: np.dtype) -> np.ndarray:
+    identity = np.eye(n, dtype=dtype)
+    identity.setflags(write=False)
+    return identity
+
+
 def _invert_unit_lower(A: np.ndarray, T: np.ndarray, scratch: _Scratch) -> None:
     """``T = (I + strictly lower part of A)^-1`` for matrices ``[N, C, C]``; C is a power of two.
 
-    Substitution row by row inside the diagonal blocks, then doubling: ``T21 = -T22 A21 T11``.  Both are as
-    stable as solving with the triangle itself, also where keys repeat; a Neumann product is not.
+    `A` is overwritten.  Substitution row by row inside the diagonal blocks, then doubling: ``T21 = -T22 A21 T11``.
+    Both are as stable as solving with the triangle itself, also where keys repeat; a Neumann product is not.
     """
     N, C, _ = A.shape
     base = min(C, INVERSE_BASE)
-    negated = scratch.take("blocks", (N, C // base, base, base), A.dtype)
-    inverse = scratch.take("block_inverses", negated.shape, A.dtype)
-    for i in range(C // base):
-        block = slice(i * base, (i + 1) * base)
-        np.negative(A[:, block, block], out=negated[:, i])
-    inverse[...] = np.eye(base, dtype=A.dtype)
+    negated, inverse = _diagonal_blocks(A, base), _diagonal_blocks(T, base)
+    np.negative(negated, out=negated)
+    inverse[...] = _identity(base, A.dtype)
     for i in range(1, base):
         np.matmul(negated[:, :, i : i + 1, :i], inverse[:, :, :i, :i], out=inverse[:, :, i : i + 1, :i])
-    for i in range(C // base):
-        block = slice(i * base, (i + 1) * base)
-        T[:, block, block] = inverse[:, i]
     size = base
     while size < C:
         for start in range(0, C, 2 * size):
@@ -336,18 +406,14 @@ def _invert_unit_lower(A: np.ndarray, T: np.ndarray, scratch: _Scratch) -> None:
         size *= 2
 
 
-def _advance(tiles: _Tiles, chunk: int, h: np.ndarray, scratch: _Scratch) -> None:
-    """Run one chunk of the sequences that still have one: values become outputs, and `h` goes on."""
-    S, n, r, _, V = h.shape
-    C = tiles.solve.shape[-1]
-    read = scratch.take("read", (S, n, r, 2 * C, V), h.dtype)
-    u = scratch.take("u", (S, n, r, C, V), h.dtype)
-    written = scratch.take("written", h.shape, h.dtype)
+def _advance(tiles: _Tiles, chunk: int, states: _States) -> None:
+    """Run one chunk of the sequences that still have one: values become outputs, and the states go on."""
+    h, both, u, written = states.h, states.both, states.u, states.written
+    S = len(h)
     values = tiles.values[:S, chunk]
     decay_in = tiles.decay_in[:S, chunk]
 
-    np.matmul(tiles.keys_queries[:S, chunk, :, None], h, out=read)
-    both = read.reshape(S, n, r, 2, C, V)
+    _multiply(tiles.keys_queries[:S, chunk, :, None], h, states.read)
     both *= decay_in[:, :, :, None, :, None]
     values -= both[:, :, :, 0]
     np.matmul(tiles.solve[:S, chunk], values, out=u)
@@ -355,44 +421,61 @@ def _advance(tiles: _Tiles, chunk: int, h: np.ndarray, scratch: _Scratch) -> Non
     values += both[:, :, :, 1]
 
     u *= tiles.decay_out[:S, chunk][..., None]
-    np.matmul(tiles.keys[:S, chunk, :, None].swapaxes(-1, -2), u, out=written)
+    _multiply(tiles.keys[:S, chunk, :, None].swapaxes(-1, -2), u, written)
     h *= decay_in[..., -1:, None]
     h += written
 
 
-def _load_states(call: Call, job: _Job, scratch: _Scratch) -> np.ndarray:
-    spec = call.spec
-    r = spec.HV // spec.H
-    h = scratch.take("h", (len(job.rows), job.heads * r, spec.K, spec.V), np.dtype(spec.compute))
+def _multiply(x: np.ndarray, y: np.ndarray, out: np.ndarray) -> None:
+    """``out = x y``, by some rows of x at a time where BLAS is faster at products that it need not copy for."""
+    rows, (inner, columns) = x.shape[-2], y.shape[-2:]
+    if _threads.thin_products() and rows * inner * columns > SMALL_PRODUCT:
+        step = max(1, SMALL_PRODUCT // (inner * columns))
+        step = 1 << (step.bit_length() - 1)
+        if rows % step == 0:
+            x, y = x.reshape(*x.shape[:-2], -1, step, inner), y[..., None, :, :]
+            out = out.reshape(*out.shape[:-2], -1, step, columns)
+    np.matmul(x, y, out=out)
+
+
+def _load_states(call: Call, job: _Job, h: np.ndarray) -> None:
     if call.initial_state is None:
         h[...] = 0
+        return
+    states = _stored(call.initial_state, call, job)
+    if job.read is not None:
+        h[...] = states[job.read]
     else:
-        states = call.initial_state if spec.layout == "kv" else call.initial_state.swapaxes(-1, -2)
-        first = job.first_head * r
         for i, row in enumerate(job.rows):
-            h[i] = states[row.read, first : first + h.shape[1]]
-    return h.reshape(len(job.rows), job.heads, r, spec.K, spec.V)
+            h[i] = states[row.read]
 
 
 def _store_states(call: Call, job: _Job, h: np.ndarray) -> None:
     if call.final_state is None:
         return
+    states = _stored(call.final_state, call, job)
+    if job.write is not None:
+        states[job.write] = h
+    else:
+        for i, row in enumerate(job.rows):
+            states[row.write] = h[i]
+
+
+def _stored(states: np.ndarray, call: Call, job: _Job) -> np.ndarray:
+    """The stored states of a job's heads: ``[slots, n, r, K, V]``, a view."""
     spec = call.spec
-    r = spec.HV // spec.H
-    states = call.final_state if spec.layout == "kv" else call.final_state.swapaxes(-1, -2)
-    value_heads = slice(job.first_head * r, (job.first_head + job.heads) * r)
-    for i, row in enumerate(job.rows):
-        states[row.write, value_heads] = h[i].reshape(-1, spec.K, spec.V)
+    heads = slice(job.first_head, job.first_head + job.heads)
+    states = states if spec.layout == "kv" else states.swapaxes(-1, -2)
+    return states.reshape(len(states), spec.H, -1, spec.K, spec.V)[:, heads]
 
 
-def _store_outputs(call: Call, job: _Job, pieces: list[Piece], active: int, first: int, outputs: np.ndarray) -> None:
+def _store_outputs(call: Call, job: _Job, first: int, tiles: _Tiles) -> None:
     r = call.spec.HV // call.spec.H
+    active, chunks = tiles.values.shape[:2]
     value_heads = slice(job.first_head * r, (job.first_head + job.heads) * r)
-    out = call.out[:, :, value_heads]
-    out = _by_key_head(out, r)
-    by_token = outputs.transpose(0, 1, 4, 2, 3, 5)
+    out = _by_key_head(call.out[:, :, value_heads], r)
     begin = first * job.tokens
-    for piece in pieces:
+    for piece in job.pieces:
         if piece.start < active:
-            end = min(begin + outputs.shape[1] * job.tokens, piece.row.length)
-            _collect(piece.tokens(out, begin, end), by_token[piece.start : piece.stop], job.tokens)
+            end = min(begin + chunks * job.tokens, piece.row.length)
+            _collect(piece.tokens(out, begin, end), tiles.by_token[2][piece.start : piece.stop], job.tokens)

@@ -14,6 +14,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
+from gdr import _threads
 from gdr._inputs import Call
 from gdr._numpy_gate import gates
 from gdr._numpy_states import Block, blocks_of, by_key_head, for_each, heads_a_block, is_view, states_of
@@ -109,29 +110,38 @@ def _run_window(
             target[at] = piece.tokens(x, first, length)[:, :, chosen].swapaxes(0, 1)
 
     _normalise(kq, call.spec.l2norm, call.scale)
-    keys = np.ascontiguousarray(kq[..., 0, :])[..., None]
-    query_on_key = np.matmul(kq[..., 1, None, :], keys)[..., 0]
+    keys, updates = np.zeros((T, n, H, 1, K, 2), h.dtype), np.zeros((T, n, H, r, 2, V), h.dtype)
+    keys[..., 0] = kq[..., 0, :]
+    query_on_key = np.matmul(kq[..., 1, None, :], keys[..., :1])[..., 0]
     np.exp(decays, out=decays)
     kq = kq * decays[..., None]
     kq[..., 0, :] *= betas
     values *= betas
-    decays, kq, values = decays[..., None], kq[..., None, :], values[..., None, :]
-    reads, updates = np.empty((T, n, H, r, 2, 1, V), h.dtype), np.empty((T, n, H, r, 1, V), h.dtype)
-    written = np.empty_like(h)
+    decays, values = decays[..., None], values[..., None, :]
+    reads, written = np.empty((T, n, H, r, 2, V), h.dtype), np.empty_like(h)
+    ours, read_keys = updates[..., :1, :], reads[..., :1, :]
+    thin = _threads.thin_products()
+    outer: np.ufunc = np.matmul if thin else np.multiply
+    if thin:
+        # A column and a row of zeros, for a product of a column with a row would not reach BLAS.
+        tokens, results, columns, rows = kq, reads, keys, updates
+    else:
+        # Two products of a vector each: for a matrix of two rows BLAS would copy the state first.
+        tokens, results, columns, rows = kq[..., None, :], reads[..., None, :], keys[..., :1], ours
     for start, stop, active in _spans(lengths, first, last):
         state, change = h[:active], written[:active]
-        matrices = state[:, :, :, None]
+        matrices = state if thin else state[:, :, :, None]
         span = (slice(start - first, stop - first), slice(active))
-        for token, read, read_key, value, update, decay, key in zip(
-            kq[span], reads[span], reads[..., 0, :, :][span], values[span], updates[span], decays[span], keys[span]
+        for token, result, read_key, value, update, decay, column, row in zip(
+            *(x[span] for x in (tokens, results, read_keys, values, ours, decays, columns, rows))
         ):
-            np.matmul(token, matrices, out=read)
+            np.matmul(token, matrices, out=result)
             np.subtract(value, read_key, out=update)
             np.multiply(state, decay, out=state)
-            np.multiply(key, update, out=change)
+            outer(column, row, out=change)
             np.add(state, change, out=state)
     outputs = query_on_key * updates[..., 0, :]
-    outputs += reads[..., 1, 0, :]
+    outputs += reads[..., 1, :]
     outputs = outputs.reshape(T, n, H * r, V)
     for piece in pieces:
         length = min(last, piece.row.length)

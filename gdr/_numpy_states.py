@@ -123,7 +123,9 @@ def blocks_of(spec: Shape, read: np.ndarray, write: np.ndarray, counts: np.ndarr
 
 def read(kq: np.ndarray, h: np.ndarray) -> np.ndarray:
     """Keys and queries ``[n, H, 2, K]`` times states ``[n, H, r, K, V]``: ``[n, H, r, 2, V]``."""
-    # Two products of a vector each: for a matrix of two rows BLAS would copy the state first.
+    if _threads.thin_products():
+        return np.matmul(kq[:, :, None], h)
+    # Two products of a vector each: for a matrix of two rows other kernels would copy the state first.
     return np.matmul(kq[:, :, None, :, None], h[:, :, :, None])[..., 0, :]
 
 

@@ -59,7 +59,7 @@ class Spec:
     varlen: bool = False
     layout: str = "kv"
     native: bool = False
-    plan: dict[str, Any] = field(default_factory=dict)
+    plan: dict[Any, Any] = field(default_factory=dict)
 
     @property
     def dtype(self) -> str:

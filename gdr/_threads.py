@@ -18,7 +18,7 @@ from threadpoolctl import ThreadpoolController
 
 Job = TypeVar("Job")
 
-__all__ = ["for_each", "one_blas_thread", "thread_count", "uninterrupted"]
+__all__ = ["for_each", "one_blas_thread", "thin_products", "thread_count", "uninterrupted"]
 
 
 def thread_count() -> int:
@@ -83,6 +83,16 @@ def _set_num_threads(library: Any, count: int) -> None:
 
 
 one_blas_thread = _OneBlasThread()
+
+# OpenBLAS's kernels for AVX-512, which multiply by a matrix of few rows or columns without copying the other one first.
+_THIN_PRODUCTS = {"SkylakeX", "Cooperlake", "SapphireRapids"}
+
+
+@lru_cache(maxsize=1)
+def thin_products() -> bool:
+    """Whether a product of two rows with a matrix costs little more than that of one row."""
+    libraries = ThreadpoolController().select(internal_api="openblas").lib_controllers
+    return any(library.architecture in _THIN_PRODUCTS for library in libraries)
 
 
 class _SharedIterator(Iterator[Job]):
