@@ -17,7 +17,8 @@
 // requires: sm_80
 namespace gdr {
 constexpr int kColumns = GDR_COLUMNS, kSplit = GDR_SPLIT, kStages = GDR_STAGES;
-}
+constexpr bool kCompose = false;
+}  // namespace gdr
 
 #include "gdr/chunk_state.cuh"
 
@@ -280,7 +281,8 @@ extern "C" __global__ void __launch_bounds__(kThreads) chunk_state(const __grid_
     Work work;
     if (!find_work(p, work)) return;
     const int column = work.first_column + warp / kSplit * 16, first_key = warp % kSplit * kWarpKeys;
-    find_tokens(p, work, piece_token(), piece_column8(), column);
+    const int lane = threadIdx.x % 32;
+    find_tokens(p, work, piece_token(), piece_column8(), lane / 4, column + lane % 4 * 2);
 
     if (threadIdx.x == 0) {
 #pragma unroll

@@ -1,5 +1,8 @@
 """Launches the chunkwise rule on a CUDA device: a kernel for what belongs to each chunk alone, one that walks them.
 
+Where few states leave the device idle, long sequences are cut into segments that are walked at the same time, once two
+more kernels have found the states between them; cuda/include/gdr/chunk.cuh says how.
+
 How a call is cut up follows from shapes, dtypes and the device, never from data.  What the kernels do not take runs on
 the fused recurrence, which gives the same answer: float32 q, k and v; V that is no multiple of 16; devices before
 compute capability 8.0; and tiles that do not fit a block's shared memory (K above 128 needs 176 KiB).
@@ -7,6 +10,7 @@ compute capability 8.0; and tiles that do not fit a block's shared memory (K abo
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from gdr import _arrays, _cuda_fused_recurrent, _cuda_loader
@@ -20,8 +24,8 @@ CHUNK = 64
 MAX_WORKSPACE = 512 << 20
 
 # The C struct Params of chunk.cuh: pointers; scalars and the chunks of this launch; then what a Spec fixes.
-_params = _cuda_loader.Params("17Q 3f2i 18q 6q 2q 2q q 4i 4i 3i")
-PARAMS = {"chunk_prepare": _params, "chunk_state": _params, "chunk_state_sm90": _params}
+_params = _cuda_loader.Params("18Q 3f2i 18q 6q 2q 2q q 5i 4i 3i")
+PARAMS = dict.fromkeys(("chunk_prepare", "chunk_state", "chunk_state_sm90", "chunk_combine"), _params)
 
 _HEAD_TILE = 2 * 10 * 512 + 3 * CHUNK * 4  # bytes of T, P and the decays of a chunk and value head
 _captured: list[Any] = []  # workspaces of CUDA graphs, which live as long as the process
@@ -34,57 +38,88 @@ class Tile(NamedTuple):
     split: int
     stages: int
     warpgroups: bool = False  # chunk_state_sm90
+    compose: bool = False  # the walk that finds the maps of segments
 
     @property
     def threads(self) -> int:
         """Threads of a block."""
-        bringing = 0 if not self.warpgroups else 128 if self.columns == 128 else 32
-        return 2 * self.columns * self.split + bringing
+        moving = 0 if not self.warpgroups else 128 if self.columns == 128 else 96  # tiles in, outputs out
+        return 2 * self.columns * self.split + moving
 
     def shared(self, K: int) -> int:
         """Bytes of shared memory of a block: the struct Shared of chunk_state.cu."""
-        head_tile = 2 * 16 * 512 + 3 * CHUNK * 4 if self.warpgroups else _HEAD_TILE
-        stage = _align(2 * _key_tile(K) + head_tile + CHUNK * self.columns * 2, 128)
+        if self.warpgroups:
+            tiles = 1 if self.compose else 2
+            stage = tiles * (_key_tile(K) + 16 * 512) + 3 * CHUNK * 4 + CHUNK * (self.columns * 2 + 16)
+            outputs = 16 if self.compose else self.columns // 8 * (CHUNK * 16 + 16)
+            return self.stages * (_align(stage, 128) + 16) + outputs + 16
+        stage = _align(2 * _key_tile(K) + _HEAD_TILE + CHUNK * self.columns * 2, 128)
         exchange = self.threads // 32 * 2 * 6144 if self.split == 2 else 0
-        return _align(self.stages * (stage + (16 if self.warpgroups else 8)), 16) + exchange
+        return _align(self.stages * (stage + 8), 16) + exchange
+
+
+class Cut(NamedTuple):
+    """How a call is divided."""
+
+    tile: Tile
+    segment: int = 0  # chunks of a segment; 0 for sequences as they are
+
+    @property
+    def compose(self) -> Tile:
+        """How the walk that finds the maps of segments divides them."""
+        return self.tile._replace(compose=True)
 
 
 class Plan:
     """What every call with one `Spec` shares."""
 
-    def __init__(self, spec: Spec, tile: Tile) -> None:
-        self.spec, self.tile = spec, tile
+    def __init__(self, spec: Spec, cut: Cut) -> None:
+        self.spec, self.cut = spec, cut
         self.raw = spec.gates == "raw"
-        device = describe_gpu(int(spec.device))
+        gpu = describe_gpu(int(spec.device))
         self.chunks = count_chunks(spec)
+        keys = _align(spec.K, 64)
         self.key_tiles = spec.H * 2 * _key_tile(spec.K)
         per_chunk = self.key_tiles + spec.HV * _HEAD_TILE
-        self.at_once = min(self.chunks, max(1, MAX_WORKSPACE // per_chunk))
-        # Beside the tiles: states between parts, those that one launch reads and those that it writes.
-        self.carried = 0 if self.at_once == self.chunks else spec.HV * _align(spec.K, 64) * spec.V * 4
-        self.workspace = self.at_once * per_chunk + 2 * self.carried
+        map_bytes = spec.HV * (spec.V + keys) * keys * 4
+        if cut.segment:
+            per_chunk += -(-map_bytes // cut.segment)
+        self.at_once = max(1, MAX_WORKSPACE // per_chunk)
+        if cut.segment:  # no segment lies on both sides of a part's end
+            self.at_once = max(1, self.at_once // cut.segment) * cut.segment
+        self.at_once = min(self.chunks, self.at_once)
+        self.rows = spec.N + (-(-self.at_once // cut.segment) if cut.segment else 0)
+        # Beside the tiles: maps of segments, and states between parts, those that one launch reads and those it writes.
+        self.maps = self.rows * map_bytes if cut.segment else 0
+        self.carried = 0 if self.at_once == self.chunks else spec.HV * keys * spec.V * 4
+        self.workspace = self.at_once * (self.key_tiles + spec.HV * _HEAD_TILE) + self.maps + 2 * self.carried
         group = spec.HV // spec.H
         self.heads_per_block = min(group, 4)
         while self.heads_per_block > 1 and (
-            self.at_once * spec.H * -(-group // self.heads_per_block) < 0.75 * device.multiprocessors
+            self.at_once * spec.H * -(-group // self.heads_per_block) < 0.75 * gpu.multiprocessors
         ):
             self.heads_per_block = -(-self.heads_per_block // 2)
         self.prepare_parts = -(-group // self.heads_per_block)
-        self.state_blocks = spec.N * spec.HV * (spec.V // tile.columns)
-        self.state_block = (tile.threads, 1, 1)
-        self.shared = tile.shared(spec.K)
         self.prepare_shared = max(2 * _key_tile(spec.K), 2 * (10 * 512 + 4 * 324 * 4)) + 4 * CHUNK * 24
-        self.fixed = _fixed(spec, self.heads_per_block)
-        self.kernels: dict[bool, tuple[_cuda_loader.Kernel, _cuda_loader.Kernel]] = {}
+        # Kernels after chunk_prepare, in order: blocks, threads, shared memory.
+        tile, compose = cut.tile, cut.compose
+        self.grids = [(self.rows * spec.HV * (spec.V // tile.columns), tile.threads, tile.shared(spec.K))]
+        if cut.segment:
+            columns = spec.V + keys
+            self.grids[:0] = [
+                (self.rows * spec.HV * (columns // compose.columns), compose.threads, compose.shared(spec.K)),
+                (spec.N * spec.HV * (spec.V // 8), keys * 2, 0),
+            ]
+        self.fixed = _fixed(spec, self.heads_per_block, cut.segment)
+        self.kernels: dict[bool, tuple[_cuda_loader.Kernel, ...]] = {}
 
-    def load(self, aligned: bool) -> tuple[_cuda_loader.Kernel, _cuda_loader.Kernel]:
-        """Compile both kernels, once."""
-        (prepare, state) = (
+    def load(self, aligned: bool) -> tuple[_cuda_loader.Kernel, ...]:
+        """Compile the kernels, once."""
+        kernels = self.kernels[aligned] = tuple(
             _cuda_loader.load(stem, defines, int(self.spec.device))
-            for stem, defines in _specialize(self.spec, self.tile, aligned)
+            for stem, defines in _specialize(self.spec, self.cut, aligned)
         )
-        self.kernels[aligned] = prepare, state
-        return prepare, state
+        return kernels
 
 
 def run(call: Call) -> None:
@@ -93,8 +128,8 @@ def run(call: Call) -> None:
     key = "chunk, batch invariant" if call.batch_invariant else "chunk"
     plan = spec.plan.get(key)
     if plan is None:
-        tile = pick_tile(spec, call.batch_invariant, describe_gpu(int(spec.device)))
-        plan = spec.plan[key] = _cuda_fused_recurrent if tile is None else Plan(spec, tile)
+        cut = pick_cut(spec, call.batch_invariant, describe_gpu(int(spec.device)))
+        plan = spec.plan[key] = _cuda_fused_recurrent if cut is None else Plan(spec, cut)
     if isinstance(plan, Plan):
         _run(call, plan)
     else:
@@ -105,8 +140,8 @@ def _run(call: Call, plan: Plan) -> None:
     spec = call.spec
     pointer = _arrays.pointer
     q, k, v, out = pointer(call.q), pointer(call.k), pointer(call.v), pointer(call.out)
-    aligned = not (q | k | v) & 15 and not out & 3 and plan.fixed.aligned
-    prepare, state = plan.kernels.get(aligned) or plan.load(aligned)
+    aligned = not (q | k | v | out) & 15 and plan.fixed.aligned
+    prepare, *walks = plan.kernels.get(aligned) or plan.load(aligned)
     stream = call.stream
     workspace = call.library.empty((plan.workspace,), "uint8", spec.device)
     if call.library.name != "torch" and _capturing(stream):
@@ -114,6 +149,7 @@ def _run(call: Call, plan: Plan) -> None:
     tiles = pointer(workspace)
     head_tiles = tiles + plan.at_once * plan.key_tiles
     carried = tiles + plan.workspace - 2 * plan.carried
+    maps = carried - plan.maps
     a, b = (call.a, call.b) if plan.raw else (call.g, call.beta)
     pointers = (
         q,
@@ -136,11 +172,12 @@ def _run(call: Call, plan: Plan) -> None:
     for part, first in enumerate(range(0, plan.chunks, plan.at_once)):
         last = min(first + plan.at_once, plan.chunks)
         read, written = carried + part % 2 * plan.carried, carried + (part + 1) % 2 * plan.carried
-        _params.pack(*pointers, read, written, *scalars, first, last, *plan.fixed.values)
+        _params.pack(*pointers, read, written, maps, *scalars, first, last, *plan.fixed.values)
         if spec.T:
             grid = spec.H, last - first, plan.prepare_parts
             prepare.launch(grid, (128, 1, 1), _params, stream, plan.prepare_shared)
-        state.launch((plan.state_blocks, 1, 1), plan.state_block, _params, stream, plan.shared)
+        for kernel, (blocks, threads, shared) in zip(walks, plan.grids):
+            kernel.launch((blocks, 1, 1), (threads, 1, 1), _params, stream, shared)
 
 
 def count_chunks(spec: Spec) -> int:
@@ -150,54 +187,85 @@ def count_chunks(spec: Spec) -> int:
     return max(1, spec.N * -(-spec.T // CHUNK))
 
 
-def pick_tile(spec: Spec, batch_invariant: bool, device: Gpu) -> Tile | None:
-    """Choose how a block divides a state, or None where the fused recurrence runs instead.
+def pick_cut(spec: Spec, batch_invariant: bool, gpu: Gpu) -> Cut | None:
+    """Choose how to divide a call, or None where the fused recurrence runs instead.
 
-    Columns never show in the bits of a result; the number of splits does, so `batch_invariant` fixes it.
+    Columns never show in the bits of a result; splits of keys and segments do, so `batch_invariant` fixes them.
     """
-    if device.capability < 80 or spec.dtype == "float32" or spec.V % 16 or not spec.N * spec.HV:
+    if gpu.capability < 80 or spec.dtype == "float32" or spec.V % 16 or not spec.N * spec.HV:
         return None
+    if gpu.capability == 90 and spec.K <= 128 and spec.V % 64 == 0:
+        cuts = _cuts_by_warpgroups(spec, batch_invariant)
+        return min(cuts, key=lambda cut: _estimate(spec, cut, gpu))
     tiles = [
         tile
-        for warpgroups in (True, False)
         for columns in (128, 64, 32, 16)
         for split in (2, 1)
         for stages in (3, 2)
-        if spec.V % columns == 0
-        and _fits(tile := Tile(columns, split, stages, warpgroups), spec.K, batch_invariant, device)
+        if spec.V % columns == 0 and _fits(tile := Tile(columns, split, stages), spec.K, batch_invariant, gpu)
     ]
     if not tiles:
         return None
     states = spec.N * spec.HV
-    # By warpgroups 64 columns cost as much as 16 do otherwise: for few blocks, the other way has more of them.
-    if any(tile.warpgroups for tile in tiles):
-        wide = batch_invariant or 3 * states * (spec.V // 64) >= device.multiprocessors
-        tiles = [tile for tile in tiles if tile.warpgroups == wide]
     # The fewest blocks that still use the device; if none do, the most.
-    enough = [tile for tile in tiles if states * (spec.V // tile.columns) >= 0.75 * device.multiprocessors]
-    return enough[0] if enough else next(tile for tile in tiles if tile.columns == tiles[-1].columns)
+    enough = [tile for tile in tiles if states * (spec.V // tile.columns) >= 0.75 * gpu.multiprocessors]
+    return Cut(enough[0] if enough else next(tile for tile in tiles if tile.columns == tiles[-1].columns))
 
 
-def _fits(tile: Tile, K: int, batch_invariant: bool, device: Gpu) -> bool:
-    if tile.shared(K) > device.shared:
+def _fits(tile: Tile, K: int, batch_invariant: bool, gpu: Gpu) -> bool:
+    if tile.shared(K) > gpu.shared:
         return False
-    if tile.warpgroups:
-        return device.capability == 90 and tile.split == 1 and tile.columns >= 64 and K <= 128
     if K > 128 or batch_invariant:  # registers; bits
         return tile.split == 2 and tile.columns <= 64
-    return tile.split == (2 if tile.columns <= 32 else 1) or device.shared < 128 << 10
+    return tile.split == (2 if tile.columns <= 32 else 1) or gpu.shared < 128 << 10
+
+
+def _cuts_by_warpgroups(spec: Spec, batch_invariant: bool) -> Iterator[Cut]:
+    chunks = count_chunks(spec)
+    for columns in (64, 128):
+        if spec.V % columns:
+            continue
+        tile = Tile(columns, 1, 3, warpgroups=True)
+        yield Cut(tile)
+        if batch_invariant or (spec.V + _align(spec.K, 64)) % columns:
+            continue
+        for segment in (4, 8, 16, 32, 64, 128, 256):
+            if 3 * segment * spec.N <= chunks:
+                yield Cut(tile, segment)
+
+
+def _estimate(spec: Spec, cut: Cut, gpu: Gpu) -> float:
+    """Microseconds of the walks, as if all sequences were of one length; the constants are measurements on an H100."""
+    chunks = -(-count_chunks(spec) // spec.N)
+    segments = -(-chunks // cut.segment) if cut.segment else 1
+    columns, steps = cut.tile.columns, cut.segment or chunks
+    key_tile = _key_tile(spec.K) / (spec.HV // spec.H)
+    values = 2 * CHUNK * spec.V
+
+    def walk(segments: int, all_columns: int, latency: float, bytes_a_chunk: float) -> float:
+        blocks = spec.N * spec.HV * segments * (all_columns // columns)
+        waves = -(-blocks // gpu.multiprocessors)
+        heads = min(blocks, gpu.multiprocessors) * columns / all_columns
+        return 9 + waves * steps * max(latency, heads * bytes_a_chunk / 2.6e6)
+
+    total = walk(segments, spec.V, {64: 0.95, 128: 1.5}[columns], 2 * key_tile + _HEAD_TILE + 2 * values)
+    if cut.segment:
+        all_columns = spec.V + _align(spec.K, 64)
+        latency = {64: 0.8, 128: 1.65}[columns]
+        total += walk(segments - 1, all_columns, latency, key_tile + _HEAD_TILE / 2 + values) + 4 + segments
+    return total
 
 
 def specializations(spec: Spec, gpu: Gpu) -> list[tuple[str, dict[str, _cuda_loader.Define]]]:
     """List the kernels that aligned calls with this `Spec` use on a GPU."""
-    tile = pick_tile(spec, False, gpu)
-    if tile is None:
+    cut = pick_cut(spec, False, gpu)
+    if cut is None:
         return _cuda_fused_recurrent.specializations(spec, gpu)
-    return _specialize(spec, tile, True)
+    return _specialize(spec, cut, True)
 
 
-def _specialize(spec: Spec, tile: Tile, aligned: bool) -> list[tuple[str, dict[str, _cuda_loader.Define]]]:
-    """Stems and definitions of the two kernels."""
+def _specialize(spec: Spec, cut: Cut, aligned: bool) -> list[tuple[str, dict[str, _cuda_loader.Define]]]:
+    """Stems and definitions of a call's kernels, in order."""
     shared: dict[str, _cuda_loader.Define] = {
         "GDR_QKV": TYPES[spec.dtype],
         "GDR_K": spec.K,
@@ -205,25 +273,27 @@ def _specialize(spec: Spec, tile: Tile, aligned: bool) -> list[tuple[str, dict[s
         "GDR_WIDE": False,
         "GDR_ALIGNED": aligned,
     }
+    state: dict[str, _cuda_loader.Define] = {
+        "GDR_INITIAL": TYPES[spec.initial_dtype],
+        "GDR_FINAL": TYPES[spec.final_dtype],
+        "GDR_V": spec.V,
+        "GDR_VK": spec.layout == "vk",
+        "GDR_RAW_GATES": False,
+        "GDR_L2NORM": False,
+    }
     none: dict[str, _cuda_loader.Define] = {"GDR_INITIAL": -1, "GDR_FINAL": -1, "GDR_V": 16, "GDR_VK": False}
-    return [
-        ("chunk_prepare", shared | none | {"GDR_RAW_GATES": spec.gates == "raw", "GDR_L2NORM": spec.l2norm}),
-        (
-            "chunk_state_sm90" if tile.warpgroups else "chunk_state",
-            shared
-            | {
-                "GDR_INITIAL": TYPES[spec.initial_dtype],
-                "GDR_FINAL": TYPES[spec.final_dtype],
-                "GDR_V": spec.V,
-                "GDR_VK": spec.layout == "vk",
-                "GDR_RAW_GATES": False,
-                "GDR_L2NORM": False,
-                "GDR_COLUMNS": tile.columns,
-                "GDR_SPLIT": tile.split,
-                "GDR_STAGES": tile.stages,
-            },
-        ),
-    ]
+    gates: dict[str, _cuda_loader.Define] = {"GDR_RAW_GATES": spec.gates == "raw", "GDR_L2NORM": spec.l2norm}
+
+    def walk(tile: Tile) -> tuple[str, dict[str, _cuda_loader.Define]]:
+        defines = shared | state | {"GDR_COLUMNS": tile.columns, "GDR_STAGES": tile.stages}
+        if tile.warpgroups:
+            return "chunk_state_sm90", defines | {"GDR_COMPOSE": tile.compose}
+        return "chunk_state", defines | {"GDR_SPLIT": tile.split}
+
+    kernels = [("chunk_prepare", shared | none | gates), walk(cut.tile)]
+    if cut.segment:
+        kernels[1:1] = [walk(cut.compose), ("chunk_combine", shared | none | gates | {"GDR_V": spec.V})]
+    return kernels
 
 
 class _Fixed(NamedTuple):
@@ -231,7 +301,7 @@ class _Fixed(NamedTuple):
     values: tuple[int, ...]  # the fields of Params that a Spec fixes, in order
 
 
-def _fixed(spec: Spec, heads_per_block: int) -> _Fixed:
+def _fixed(spec: Spec, heads_per_block: int, segment: int) -> _Fixed:
     a, b = ("a", "b") if spec.gates == "raw" else ("g", "beta")
     strides = [spec.strides[name][:3] for name in ("q", "k", "v", "out", a, b)]
     strides += [spec.strides.get(name, (0, 0, 0))[:3] for name in ("initial_state", "final_state")]
@@ -244,11 +314,12 @@ def _fixed(spec: Spec, heads_per_block: int) -> _Fixed:
         spec.H,
         spec.HV // spec.H,
         heads_per_block,
+        segment,
         *(TYPES[spec.dtypes.get(name)] for name in ("A_log", "dt_bias", a, b)),
         *(spec.dtypes.get(name) == "int64" for name in ("initial_slots", "final_slots", "cu_seqlens")),
     )
     aligned = spec.K % 8 == 0 and all(
-        not step % (2 if name == "out" else 8)
+        not step % 8
         for name in ("q", "k", "v", "out")
         for step, extent in zip(spec.strides[name][:3], spec.shapes[name])
         if extent > 1

@@ -76,14 +76,44 @@ def test_head_dimensions(K: int, V: int) -> None:
 TILES = [(c, s, n, False) for c in (16, 32, 64, 128) for s in (1, 2) for n in (2, 3) if c * s < 256]
 
 
+def use(monkeypatch: pytest.MonkeyPatch, cut: cuda_chunk.Cut) -> None:
+    device = cuda_chunk.describe_gpu(0)
+    if cut.tile.shared(128) > device.shared or (cut.tile.warpgroups and device.capability != 90):
+        pytest.skip("not on this GPU")
+    monkeypatch.setattr(cuda_chunk, "pick_cut", lambda *_: cut)
+    _inputs._specs.clear()  # they keep how calls are divided
+
+
 @pytest.mark.parametrize("tile", [*TILES, (64, 1, 2, True), (64, 1, 3, True), (128, 1, 3, True)])
 def test_tiles(tile: tuple[Any, ...], monkeypatch: pytest.MonkeyPatch) -> None:
-    tile = cuda_chunk.Tile(*tile)
-    device = cuda_chunk.describe_gpu(0)
-    if tile.shared(128) > device.shared or (tile.warpgroups and device.capability != 90):
+    use(monkeypatch, cuda_chunk.Cut(cuda_chunk.Tile(*tile)))
+    assert_chunk(make_inputs(B=1, T=333, H=1, HV=2, K=128, V=128, dtype="bfloat16"))
+
+
+@pytest.mark.parametrize("columns", [64, 128])
+@pytest.mark.parametrize("segment", [1, 2, 5])
+@pytest.mark.parametrize("lengths", [[64 * 20 + 7], [0, 3, 64 * 9, 0, 65, 64 * 5 + 1, 0], [128, 1]])
+@pytest.mark.parametrize("layout", ["kv", "vk"])
+def test_segments(columns: int, segment: int, lengths: list[int], layout: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    use(monkeypatch, cuda_chunk.Cut(cuda_chunk.Tile(columns, 1, 3, True), segment))
+    for gates in ("ordinary", "none"):
+        x = make_inputs(lengths=lengths, H=1, HV=2, K=96, V=128, dtype="bfloat16", layout=layout, gates=gates)
+        assert_chunk(x, state_layout=layout)
+
+
+def test_segments_and_short_workspace(monkeypatch: pytest.MonkeyPatch) -> None:
+    x = make_inputs(lengths=[64 * 30 + 5, 0, 64 * 11], H=1, HV=2, K=64, V=64, dtype="float16")
+    use(monkeypatch, cuda_chunk.Cut(cuda_chunk.Tile(64, 1, 3, True), 4))
+    monkeypatch.setattr(cuda_chunk, "MAX_WORKSPACE", 1 << 20)
+    assert_chunk(x)
+
+
+def test_one_long_sequence_with_few_heads_is_cut() -> None:
+    if cuda_chunk.describe_gpu(0).capability != 90:
         pytest.skip("not on this GPU")
-    monkeypatch.setattr(cuda_chunk, "pick_tile", lambda *_: tile)
-    assert_chunk(make_inputs(B=1, T=333 + tile.threads + tile.stages, H=1, HV=2, K=128, V=128, dtype="bfloat16"))
+    x = make_inputs(B=1, T=64 * 150 + 13, H=1, HV=2, K=128, V=128, dtype="bfloat16", gates="slow")
+    assert "chunk_combine" in gdr.explain(gdr.chunk_gated_delta_rule, *given(x.to("cupy", "cuda")))
+    assert_chunk(x)
 
 
 @pytest.mark.parametrize("keys", ["random", "correlated"])

@@ -7,6 +7,11 @@
 // T and P belong to the chunk alone: chunk_prepare computes them for all chunks at once, and chunk_state walks from
 // chunk to chunk with the state in registers.
 //
+// Where that leaves processors idle, a long sequence is cut into segments of several chunks, which are walked at the
+// same time. A segment turns the state h before it into M h + N. A first walk finds M and N of all segments at once, as
+// the states that it leaves behind of the identity, without values, and of zero; chunk_combine goes from segment to
+// segment with them; a second walk starts each segment from its own state.
+//
 // One specialisation is chosen by macros:
 //   GDR_QKV, GDR_INITIAL, GDR_FINAL      types (DType, -1 for "no such array")
 //   GDR_K, GDR_V                         head dimensions
@@ -55,6 +60,9 @@ struct Params {
     // States between launches over parts of the chunks. Only one sequence lies on both sides of a boundary.
     const float4* carried_in;
     float4* carried_out;
+    // Of each segment and value head in float32: N by columns of V, which chunk_combine replaces by the state after
+    // the segment, then M by columns; with kKeys keys each.
+    float* maps;
     float scale, softplus_beta, softplus_threshold;
     int first_chunk, last_chunk;  // this launch does chunks [first, last)
     TokenStrides q_strides, k_strides, v_strides, out_strides, a_strides, b_strides;
@@ -64,6 +72,7 @@ struct Params {
     i64 T;
     int N, H, group;      // group: value heads of a key head
     int heads_per_block;  // value heads of one key head that a block of chunk_prepare does, 4 at most
+    int segment_chunks;   // 0 for sequences as they are
     int A_log_type, dt_bias_type, a_type, b_type;
     int initial_slots_wide, final_slots_wide, cu_seqlens_wide;  // int64, else int32
 };
@@ -134,26 +143,56 @@ __device__ __forceinline__ Sequence find_sequence(const Params& p, int n) {
     return s;
 }
 
-// The sequence of a chunk number, or -1: the last one that starts at it or before. Every lane of a warp calls it.
+// The last of N sequences whose key, which grows from one to the next, is at most `number`; -1 if none. Every lane of
+// a warp calls it.
+template <class Key>
+__device__ __forceinline__ int find_last(int N, int number, Key&& key) {
+    const int lane = threadIdx.x % 32;
+    int low = 0, high = N;  // the answer is in [low, high), or there is none
+    while (high > low) {
+        const int step = (high - low + 31) / 32;
+        const int n = low + lane * step;
+        const unsigned votes = __ballot_sync(0xffffffffu, n < high && key(n) <= number);
+        if (votes == 0) return -1;
+        low += (31 - __clz(votes)) * step;
+        high = min(low + step, high);
+        if (step == 1) break;
+    }
+    return high > low ? low : -1;
+}
+
+// The sequence of a chunk number, or -1: the last one that starts at it or before.
 __device__ __forceinline__ int find_owner(const Params& p, int chunk) {
     if constexpr (!kVarlen) {
         return chunk / static_cast<int>((p.T + kC - 1) / kC);
     } else {
         if (p.N == 1) return 0;
-        const int lane = threadIdx.x % 32;
-        int low = 0, high = p.N;  // the answer is in [low, high), or there is none
-        while (high > low) {
-            const int step = (high - low + 31) / 32;
-            const int n = low + lane * step;
-            const bool reached = n < high && static_cast<int>(packed_first(p, n) / kC) + n <= chunk;
-            const unsigned votes = __ballot_sync(0xffffffffu, reached);
-            if (votes == 0) return -1;
-            low += (31 - __clz(votes)) * step;
-            high = min(low + step, high);
-            if (step == 1) break;
-        }
-        return high > low ? low : -1;
+        return find_last(p.N, chunk, [&](int n) { return static_cast<int>(packed_first(p, n) / kC) + n; });
     }
+}
+
+// Chunks [first, last) of sequence n, or of what this launch does of it.
+struct Segment {
+    int n;
+    Sequence seq;
+    int first, last;
+};
+
+// Segments end at chunk numbers that are multiples of segment_chunks. A sequence's are numbered from that of its first
+// chunk plus n on, which leaves gaps but makes no two the same. The launch's first has row 0.
+__device__ __forceinline__ Segment find_segment(const Params& p, int row) {
+    Segment s;
+    if (p.segment_chunks == 0) {
+        s.n = row, s.seq = find_sequence(p, row), s.first = 0, s.last = s.seq.chunks;
+        return s;
+    }
+    const int number = p.first_chunk / p.segment_chunks + row;
+    s.n =
+        p.N == 1 ? 0 : find_last(p.N, number, [&](int n) { return find_sequence(p, n).chunk / p.segment_chunks + n; });
+    if (s.n < 0) return s;
+    s.seq = find_sequence(p, s.n);
+    s.first = (number - s.n) * p.segment_chunks - s.seq.chunk, s.last = s.first + p.segment_chunks;
+    return s;
 }
 
 __device__ __forceinline__ const char* token_row(const void* base, const TokenStrides& s, const Sequence& seq, i64 t,

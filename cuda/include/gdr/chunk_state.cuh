@@ -1,6 +1,6 @@
 // What the kernels that walk from chunk to chunk share: a chunk in shared memory, states, outputs.
 // The including file defines kColumns, kSplit and kStages: value columns of a block, splits of the keys, chunks in
-// shared memory.
+// shared memory; and kCompose, for a walk that finds the maps of segments (see chunk.cuh) instead of outputs.
 #pragma once
 
 #include "gdr/chunk.cuh"
@@ -10,7 +10,9 @@ namespace gdr {
 constexpr int kWarps = kColumns / 16 * kSplit, kThreads = 32 * kWarps;
 constexpr int kWarpKeys = kKeys / kSplit, kWarpKeyBlocks = kWarpKeys / 16;
 constexpr int kValueBytes = bytes_of(kQkv);
-static_assert(kColumns % 16 == 0 && kV % kColumns == 0 && kKeys % (16 * kSplit) == 0);
+// Columns of a walk: a state's, then with kCompose those of the map that the segment applies to a state.
+constexpr int kAllColumns = kCompose ? kV + kKeys : kV, kBlocks = kAllColumns / kColumns;
+static_assert(kColumns % 16 == 0 && kV % kColumns == 0 && kAllColumns % kColumns == 0 && kKeys % (16 * kSplit) == 0);
 static_assert(kValueBytes == 2, "float32 goes through the recurrence");
 
 template <class Head>
@@ -24,8 +26,10 @@ struct alignas(128) StageOf {
 
 struct Work {
     Sequence seq;
-    int hv, first_column;  // of the block
-    int first, last;       // chunks of this launch
+    int n, hv, first_column;  // of the block
+    int first, last;          // its chunks
+    int row;                  // its segment in `maps`
+    bool begins, ends;        // whether they are the launch's first and last of the sequence
     // Where this thread's first piece of the first chunk's values comes from, and where the first token that it
     // stores goes; bytes from a token to the next.
     const char* values;
@@ -122,48 +126,55 @@ __device__ __forceinline__ i64 find_slot(const void* slots, bool wide, i64 rows,
 
 // ---- The walk.
 
-// One block after another: columns of a value head, value heads of a sequence, sequences.
-__device__ __forceinline__ int block_sequence(const Params& p) {
-    return blockIdx.x / (p.H * p.group * (kV / kColumns));
-}
-
-// The slots of the sequence's states before and after, -1 where one lies outside its array.
-__device__ __forceinline__ i64 slot_before(const Params& p) {
-    const int n = block_sequence(p);
+// The slots of a sequence's states before and after, -1 where one lies outside its array.
+__device__ __forceinline__ i64 slot_before(const Params& p, int n) {
     if (!kHasInitial && p.initial_slots == nullptr) return n;
     return find_slot(p.initial_slots, p.initial_slots_wide, p.initial_rows, n);
 }
-__device__ __forceinline__ i64 slot_after(const Params& p) {
-    const int n = block_sequence(p);
+__device__ __forceinline__ i64 slot_after(const Params& p, int n) {
     return kHasFinal ? find_slot(p.final_slots, p.final_slots_wide, p.final_rows, n) : n;
 }
 
-// False where nothing is left to do.
+// False where nothing is left to do. Blocks go by columns of a value head, value heads of a segment, segments.
 __device__ __forceinline__ bool find_work(const Params& p, Work& work) {
-    constexpr int kBlocks = kV / kColumns;
-    const int heads = p.H * p.group, n = block_sequence(p);
+    const int heads = p.H * p.group;
     work.hv = blockIdx.x / kBlocks % heads, work.first_column = blockIdx.x % kBlocks * kColumns;
-    work.seq = find_sequence(p, n);
+    work.row = blockIdx.x / (kBlocks * heads);
+    const Segment segment = find_segment(p, work.row);
+    if (segment.n < 0) return false;
+    work.n = segment.n;
+    work.seq = segment.seq;
     const Sequence& seq = work.seq;
-    work.first = max(0, p.first_chunk - seq.chunk), work.last = min(seq.chunks, p.last_chunk - seq.chunk);
-    const bool begins = p.first_chunk <= seq.chunk && seq.chunk < p.last_chunk;
-    if (work.first >= work.last && !(begins && seq.chunks == 0)) return false;
-    if (slot_before(p) < 0 || slot_after(p) < 0) {
-        if (begins) zero_output(p, work);
+    const int first = max(0, p.first_chunk - seq.chunk), last = min(seq.chunks, p.last_chunk - seq.chunk);
+    work.first = max(first, segment.first), work.last = min(last, segment.last);
+    work.begins = work.first == first, work.ends = work.last == last;
+    const bool starts = segment.first <= 0 && p.first_chunk <= seq.chunk && seq.chunk < p.last_chunk;
+    if (work.first >= work.last && !(starts && seq.chunks == 0)) return false;
+    if (slot_before(p, work.n) < 0 || slot_after(p, work.n) < 0) {
+        if (!kCompose && starts) zero_output(p, work);
         return false;
     }
+    if (kCompose && work.ends) return false;
     work.value_step = p.v_strides.token * kValueBytes, work.output_step = p.out_strides.token * kValueBytes;
     return true;
 }
 
-// Where this thread's piece of the first chunk's values begins, and where it stores outputs, for its warp's columns.
-__device__ __forceinline__ void find_tokens(const Params& p, Work& work, int token, int column8, int column) {
+// Where this thread's piece of the first chunk's values begins, and where it stores its first outputs.
+__device__ __forceinline__ void find_tokens(const Params& p, Work& work, int token, int column8, int out_token,
+                                            int out_column) {
     const Sequence& seq = work.seq;
     work.values = token_row(p.v, p.v_strides, seq, token < seq.length ? token : 0, work.hv) +
                   (work.first_column + column8 * 8) * kValueBytes;
     work.outputs = at(p.out, kQkv,
-                      seq.batch * p.out_strides.batch + (seq.first + threadIdx.x % 32 / 4) * p.out_strides.token +
-                          work.hv * p.out_strides.head + column + threadIdx.x % 4 * 2);
+                      seq.batch * p.out_strides.batch + (seq.first + out_token) * p.out_strides.token +
+                          work.hv * p.out_strides.head + out_column);
+}
+
+// Of a segment's states and maps, this thread's: pairs of keys of one column.
+__device__ __forceinline__ float* map_of(const Params& p, const Work& work, int row, int column, int first_key) {
+    const i64 head = static_cast<i64>(row) * (p.H * p.group) + work.hv;
+    const int lane = threadIdx.x % 32;
+    return p.maps + (head * (kV + kKeys) + column + lane / 4) * kKeys + first_key + lane % 4 * 2;
 }
 
 __device__ __forceinline__ void load_state(const Params& p, const Work& work, State& S, int column, int first_key) {
@@ -172,26 +183,57 @@ __device__ __forceinline__ void load_state(const Params& p, const Work& work, St
 #pragma unroll
         for (int i = 0; i < 4; ++i) S[j][i] = 0.f;
     }
-    if (work.first > 0) {
+    if (column >= kV) {  // the identity
+        const int lane = threadIdx.x % 32;
+#pragma unroll
+        for (int j = 0; j < kWarpKeys / 8; ++j) {
+#pragma unroll
+            for (int i = 0; i < 4; ++i) {
+                const int key = first_key + j * 8 + lane % 4 * 2 + i % 2;
+                if (column - kV + lane / 4 + i / 2 * 8 == key) S[j][i] = 1.f;
+            }
+        }
+    } else if (!work.begins) {
+        if constexpr (kCompose) return;  // what a segment adds to a state of zero
+        const float* from = map_of(p, work, work.row - 1, column, first_key);
+#pragma unroll
+        for (int j = 0; j < kWarpKeys / 8; ++j) {
+#pragma unroll
+            for (int i = 0; i < 4; i += 2) {
+                const float2 x = *reinterpret_cast<const float2*>(from + i / 2 * 8 * kKeys + j * 8);
+                S[j][i] = x.x, S[j][i + 1] = x.y;
+            }
+        }
+    } else if (work.first > 0) {
 #pragma unroll
         for (int j = 0; j < kWarpKeys / 8; ++j) {
             const float4 x = p.carried_in[carried_index(work, j)];
             S[j][0] = x.x, S[j][1] = x.y, S[j][2] = x.z, S[j][3] = x.w;
         }
     } else if constexpr (kHasInitial) {
-        read_state<kInitial>(S, p.initial_state, p.initial_strides, slot_before(p), work.hv, column, first_key);
+        read_state<kInitial>(S, p.initial_state, p.initial_strides, slot_before(p, work.n), work.hv, column, first_key);
     }
 }
 
 __device__ __forceinline__ void save_state(const Params& p, const Work& work, const State& S, int column,
                                            int first_key) {
-    if (work.last < work.seq.chunks) {
+    if constexpr (kCompose) {
+        float* to = map_of(p, work, work.row, column, first_key);
+#pragma unroll
+        for (int j = 0; j < kWarpKeys / 8; ++j) {
+#pragma unroll
+            for (int i = 0; i < 4; i += 2)
+                *reinterpret_cast<float2*>(to + i / 2 * 8 * kKeys + j * 8) = make_float2(S[j][i], S[j][i + 1]);
+        }
+    } else if (!work.ends) {
+        return;
+    } else if (work.last < work.seq.chunks) {
 #pragma unroll
         for (int j = 0; j < kWarpKeys / 8; ++j)
             p.carried_out[carried_index(work, j)] = make_float4(S[j][0], S[j][1], S[j][2], S[j][3]);
     } else if constexpr (kHasFinal) {
         // Without tokens a state moves only where it is read and written in different places.
-        const i64 from = slot_before(p), to = slot_after(p);
+        const i64 from = slot_before(p, work.n), to = slot_after(p, work.n);
         const void* read = kHasInitial
                                ? at(p.initial_state, kInitial < 0 ? kFloat32 : kInitial, from * p.initial_strides.slot)
                                : nullptr;

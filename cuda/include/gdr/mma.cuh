@@ -80,6 +80,33 @@ __device__ __forceinline__ u32 transpose(u32 x) {
     return x;
 }
 
+#if __CUDA_ARCH__ >= 900
+// Four 8 x 8 matrices, spread over a warp as an accumulator's columns are, by columns; lane i gives the address of row
+// i % 8 of matrix i / 8.
+__device__ __forceinline__ void store_matrices_transposed(u32 address, const u32 (&x)[4]) {
+    asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1,%2,%3,%4};" ::"r"(address), "r"(x[0]),
+                 "r"(x[1]), "r"(x[2]), "r"(x[3])
+                 : "memory");
+}
+
+// Loads from shared memory, issued where the code says.
+__device__ __forceinline__ float load_shared(u32 address) {
+    float x;
+    asm volatile("ld.shared.f32 %0, [%1];" : "=f"(x) : "r"(address));
+    return x;
+}
+__device__ __forceinline__ float2 load_shared_pair(u32 address) {
+    float2 x;
+    asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];" : "=f"(x.x), "=f"(x.y) : "r"(address));
+    return x;
+}
+__device__ __forceinline__ void load_shared16(u32 address, u32 (&x)[4]) {
+    asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(x[0]), "=r"(x[1]), "=r"(x[2]), "=r"(x[3])
+                 : "r"(address));
+}
+#endif
+
 // A lane's offset in a block whose four matrices are read in order.
 __device__ __forceinline__ u32 in_order(int lane) { return lane * 16; }
 
