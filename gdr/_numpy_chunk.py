@@ -201,7 +201,8 @@ def _plan(spec: Spec, rows: list[Row], chunk: int, threads: int) -> tuple[list[_
         group = min(chunks, MAX_CHUNKS_PER_GROUP)
         # A unit is one sequence of one key head.
         most = max(1, JOB_BYTES // (_tile_bytes(spec, tile) * group))
-        units = min(most, math.ceil(len(members) * spec.H / threads))
+        # Twice as many jobs as threads, for other work may keep one of them.
+        units = min(most, math.ceil(len(members) * spec.H / (1 if threads == 1 else 2 * threads)))
         heads = math.ceil(spec.H / math.ceil(spec.H / min(units, spec.H)))
         together = max(1, units // spec.H)
         for first in range(0, len(members), together):

@@ -6,6 +6,9 @@ import numpy as np
 
 from gdr._inputs import Call
 
+# From here on log(1 + exp(x)) is x once it is rounded.
+EXACT_FROM = {"float32": 20.0, "float64": 40.0}
+
 
 def run(call: Call) -> None:
     """Fill ``call.g`` and ``call.beta`` from the raw logits."""
@@ -20,16 +23,19 @@ def gates(call: Call) -> tuple[np.ndarray, np.ndarray]:
     if call.spec.gates == "given" and call.a is None:
         return np.ascontiguousarray(call.g, dtype), np.ascontiguousarray(call.beta, dtype)
     # Contiguous copies first: NumPy's vector loops and its strided ones may differ in the last bit.
-    x = np.ascontiguousarray(call.a, dtype) + np.asarray(call.dt_bias, dtype)
+    g = np.ascontiguousarray(call.a, dtype) + np.asarray(call.dt_bias, dtype)
     beta = np.negative(np.ascontiguousarray(call.b, dtype))
+    softplus_beta, threshold = call.softplus_beta, call.softplus_threshold
     with np.errstate(all="ignore"):  # exp overflows to inf, whose reciprocal is the right limit; NaN goes through
         np.exp(beta, out=beta)
         beta += 1
         np.divide(1, beta, out=beta)
-        scaled = x * dtype.type(call.softplus_beta)
-        g = np.logaddexp(dtype.type(0), scaled)
-        g /= dtype.type(call.softplus_beta)
-        np.copyto(g, x, where=~(scaled <= call.softplus_threshold))
-        g *= -np.exp(np.asarray(call.A_log, dtype))
+        scaled = g if softplus_beta == 1 else g * dtype.type(softplus_beta)
+        softplus = np.logaddexp(dtype.type(0), scaled)
+        if softplus_beta != 1:
+            softplus /= dtype.type(softplus_beta)
+        if threshold < EXACT_FROM[dtype.name]:
+            np.copyto(softplus, g, where=~(scaled <= threshold))
+        g = np.multiply(softplus, -np.exp(np.asarray(call.A_log, dtype)), out=softplus)
     shape = (call.spec.B, call.spec.T, call.spec.HV)
     return g.reshape(shape), beta.reshape(shape)

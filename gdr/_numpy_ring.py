@@ -11,7 +11,7 @@ does it for many tokens.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -63,10 +63,7 @@ def run(call: Call) -> None:
     """Run one token of each sequence of a pool; its ring takes what is to be written into the states."""
     spec, ring = call.spec, call.ring
     slots, live = _live(call)
-    due = slots[ring.pending.fill[slots] >= ring.limit[slots]]
-    if due.size:
-        _fold(ring, due)
-        ring.limit[due] = ring.capacity
+    fold_due(ring, slots)
     tokens = _load(call, live)
     states = by_key_head(ring.pool, spec)
     # Stored numbers that are computed with as they are need no scratch, however many.
@@ -81,9 +78,29 @@ def run(call: Call) -> None:
     for_each(work, blocks, live.size, spec)
     # Until here nothing has changed that a step of these slots would not overwrite.
     rollback(ring, slots)
-    for block in (block for block in blocks if block.heads.start == 0):
-        ring.pending.advance(block.read, block.pending, tokens.decays[block.rows].reshape(-1, spec.HV))
+    advance = [
+        partial(ring.pending.advance, block.read, block.pending, tokens.decays[block.rows].reshape(-1, spec.HV))
+        for block in blocks
+        if block.heads.start == 0
+    ]
+    if len(advance) == 1:
+        advance[0]()
+    else:
+        _threads.uninterrupted(partial(_call_all, advance))
     _store(call, tokens.outputs, live)
+
+
+def _call_all(functions: Sequence[Callable[[], None]]) -> None:
+    for function in functions:
+        function()
+
+
+def fold_due(ring: Ring, slots: np.ndarray) -> None:
+    """Make room for a token of each of some slots."""
+    due = slots[ring.pending.fill[slots] >= ring.limit[slots]]
+    if due.size:
+        _threads.uninterrupted(partial(_fold, ring, due))
+        ring.limit[due] = ring.capacity
 
 
 def verify(call: Call) -> None:
@@ -197,7 +214,7 @@ def _step(tokens: _Tokens, states: np.ndarray, pending: Entries, block: Block, s
     count = block.pending
     value_heads = _value_heads(block, states)
     decays = pending.decays[block.read, value_heads].reshape(n, heads, states.shape[2], -1)
-    decays = decays * tokens.decays[block.rows, block.heads, :, None]
+    decays = (decays * tokens.decays[block.rows, block.heads, :, None]).astype(kq.dtype, copy=False)
     reads = products(kq, states_of(states, block.read, block.heads, kq.dtype, spec))
     reads *= decays[..., 0, None, None]
     if count:

@@ -20,6 +20,8 @@ THREADING_BYTES = 4 << 20
 # BLAS libraries may split products of more multiplications than this over threads.
 BLAS_THREADING_THRESHOLD = 9_000
 
+ITEMSIZE = {"float32": 4, "float64": 8}
+
 
 class Shape(Protocol):
     """What of a call, or of a pool, says how its states are stored."""
@@ -77,7 +79,7 @@ def is_view(states: np.ndarray | None, block: Block, dtype: np.dtype) -> bool:
 
 
 def _state_bytes(spec: Shape) -> int:
-    return spec.HV * spec.K * spec.V * np.dtype(spec.compute).itemsize
+    return spec.HV * spec.K * spec.V * ITEMSIZE[spec.compute]
 
 
 def heads_a_block(spec: Shape) -> int:
@@ -98,11 +100,11 @@ def blocks_of(spec: Shape, read: np.ndarray, write: np.ndarray, counts: np.ndarr
             rows = np.flatnonzero(counts == count)
             groups.append((rows, read[rows], write[rows], count))
     else:
-        ends = np.flatnonzero((np.diff(read) != 1) | (np.diff(write) != 1) | (np.diff(counts) != 0)) + 1
+        ends = _ends(read, write, counts)
         most = max(1, math.ceil(n / _threads_for(n, spec)))
         if heads < spec.H:
             most = 1
-        for start, stop in zip([0, *ends.tolist()], [*ends.tolist(), n], strict=True):
+        for start, stop in zip([0, *ends], [*ends, n], strict=True):
             for first in range(start, stop, most):
                 size = min(most, stop - first)
                 sources, targets = int(read[first]), int(write[first])
@@ -119,6 +121,14 @@ def blocks_of(spec: Shape, read: np.ndarray, write: np.ndarray, counts: np.ndarr
         for rows, sources, targets, count in groups
         for first in range(0, spec.H, heads)
     ]
+
+
+def _ends(read: np.ndarray, write: np.ndarray, counts: np.ndarray) -> list[int]:
+    """Where the next slot is no neighbour of the one before, or has not as much pending."""
+    if read.size == 1:
+        return []
+    neighbours = (np.diff(read) == 1) & (np.diff(write) == 1) & (np.diff(counts) == 0)
+    return (np.flatnonzero(~neighbours) + 1).tolist()
 
 
 def read(kq: np.ndarray, h: np.ndarray) -> np.ndarray:

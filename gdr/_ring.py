@@ -87,7 +87,9 @@ class Entries:
         decays : ndarray, [n, HV]
             The token's own decay, which all that came before it undergoes.
         """
-        self.decays[rows, :, : 1 + count] *= decays[..., None]
+        decays = decays[..., None]
+        # No call from here on: CPython lets a signal's handler raise only after a call, or where a loop turns.
+        self.decays[rows, :, : 1 + count] *= decays
         self.decays[rows, :, 1 + count] = 1
         self.fill[rows] = count + 1
 

@@ -686,7 +686,7 @@ class DeltaRuleState:
         if self._on_device(slots):
             return slots
         host = self._host_slots(slots, padding=True)
-        self._check_allocated(host[host >= 0])
+        self._check_allocated(host)
         return self._place(host)
 
     def _host_slots(self, slots: Any, *, padding: bool, unique: bool = True) -> np.ndarray:
@@ -704,14 +704,20 @@ class DeltaRuleState:
             raise TypeError(f"slots: expected integers, got dtype {host.dtype}")
         if host.ndim != 1:
             raise ValueError(f"slots: expected one axis, got shape {list(host.shape)}")
-        if host.max() >= self.num_slots or (not padding and host.min() < 0):
-            wrong = host[(host >= self.num_slots) | (host < 0)][0]
+        # Plain integers: for the few slots of most calls NumPy's own overhead would be larger than the work.
+        numbers = host.tolist()
+        least = min(numbers)
+        if max(numbers) >= self.num_slots or (not padding and least < 0):
+            wrong = next(n for n in numbers if n >= self.num_slots or n < 0)
             raise IndexError(f"slots: expected slots from 0 to {self.num_slots - 1}, got {wrong}")
-        live = host[host >= 0]
-        if unique and np.unique(live).size != live.size:
-            values, counts = np.unique(live, return_counts=True)
-            raise ValueError(f"slots: expected every slot once, got slot {values[counts > 1][0]} more than once")
-        return np.where(host < 0, -1, host).astype(np.int32)
+        if unique:
+            live = [n for n in numbers if n >= 0] if least < 0 else numbers
+            if len(set(live)) != len(live):
+                twice = min(n for n in set(live) if live.count(n) > 1)
+                raise ValueError(f"slots: expected every slot once, got slot {twice} more than once")
+        if least < 0:
+            host = np.where(host < 0, -1, host)
+        return host.astype(np.int32)
 
     def _whole_numbers(self, name: str, x: Any, *axes: int) -> Any:
         """`x` as an array of int64 on the host, or as it is on the pool's device; of one of the numbers of `axes`."""
@@ -734,7 +740,10 @@ class DeltaRuleState:
         return x.astype(np.int64) if isinstance(x, np.ndarray) else x
 
     def _check_allocated(self, host: np.ndarray) -> None:
-        loose = host[~self._allocated[host]]
+        allocated = self._allocated[host]
+        if allocated.all():
+            return
+        loose = host[~allocated & (host >= 0)]
         if loose.size:
             raise ValueError(
                 f"slots: slot {loose[0]} is not allocated ({self.num_free} of {self.num_slots} slots are free)"
