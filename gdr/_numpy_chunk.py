@@ -114,6 +114,7 @@ class _Scratch:
     """Named buffers that grow to the largest request and are used again, and the arrays made of them."""
 
     def __init__(self) -> None:
+        self.nbytes = 0
         self._buffers: dict[tuple[str, np.dtype], np.ndarray] = {}
         self._made: dict[tuple, Any] = {}
 
@@ -122,6 +123,7 @@ class _Scratch:
         size = math.prod(shape)
         buffer = self._buffers.get((name, dtype))
         if buffer is None or buffer.size < size:
+            self.nbytes += (size - (buffer.size if buffer is not None else 0)) * dtype.itemsize
             buffer = self._buffers[name, dtype] = np.empty(size, dtype)
             self._made.clear()
         return buffer[:size].reshape(shape)
@@ -136,10 +138,6 @@ class _Scratch:
                 self._made.clear()
             self._made[key] = made
         return made
-
-    @property
-    def nbytes(self) -> int:
-        return sum(buffer.nbytes for buffer in self._buffers.values())
 
 
 # Fresh memory costs a page fault every 4 KiB, as much time as a short call needs for its arithmetic: scratch is kept
@@ -257,6 +255,9 @@ def _run_job(call: Call, g: np.ndarray, beta: np.ndarray, job: _Job, scratch: _S
 
 def _spread(tiles: np.ndarray, tokens: np.ndarray, per_tile: int) -> None:
     """Copy ``tokens [s, L, ...]`` into ``tiles [s, m, C, ...]``, `per_tile` to each, zeros elsewhere."""
+    if tokens.shape[1] == per_tile and tiles.shape[1:3] == (1, per_tile):
+        tiles[:, 0] = tokens
+        return
     full, rest = divmod(tokens.shape[1], per_tile)
     if full:
         whole = tokens[:, : full * per_tile]
@@ -326,7 +327,7 @@ def _by_key_head(x: np.ndarray, r: int) -> np.ndarray:
 def _normalise(x: np.ndarray, l2norm: bool, scale: float) -> None:
     """Divide keys and queries ``x [S, m, n, 2, C, K]`` by their norms if asked; scale the queries."""
     if l2norm:
-        weight = np.matmul(x[..., None, :], x[..., None])[..., 0]
+        weight = np.einsum("...k,...k->...", x, x)[..., None]
         weight += x.dtype.type(L2_EPS)
         np.sqrt(weight, out=weight)
         np.divide(1, weight, out=weight)

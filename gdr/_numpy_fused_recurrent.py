@@ -17,7 +17,7 @@ import numpy as np
 from gdr import _threads
 from gdr._inputs import Call
 from gdr._numpy_gate import gates
-from gdr._numpy_states import Block, blocks_of, by_key_head, for_each, heads_a_block, is_view, states_of
+from gdr._numpy_states import Block, blocks_of, by_key_head, for_each, heads_a_block, is_view, put_states, states_of
 from gdr._rows import Piece, Row, live_rows, pieces_of
 
 L2_EPS = 1e-6
@@ -56,7 +56,7 @@ def _run_block(call: Call, g: np.ndarray, beta: np.ndarray, rows: list[Row], blo
         _run_window(call, g, beta, pieces, lengths, block.heads, first, last, h)
     if call.final_state is not None and not in_place:
         final = by_key_head(call.final_state, spec)
-        final[block.write, block.heads] = h if spec.layout == "kv" else h.swapaxes(-1, -2)
+        put_states(final, block.write, block.heads, h, spec)
 
 
 def _initial_states(call: Call, block: Block, n: int) -> tuple[np.ndarray, bool]:

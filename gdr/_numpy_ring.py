@@ -28,6 +28,7 @@ from gdr._numpy_states import (
     for_each,
     heads_a_block,
     is_view,
+    put_states,
     states_of,
 )
 from gdr._numpy_states import read as products
@@ -366,7 +367,7 @@ def _write_block(states: np.ndarray, entries: Entries, block: Block, dtype: np.d
         h += written
     else:
         written += h * decays[..., :1, :]
-        states[block.write, block.heads] = written if spec.layout == "kv" else written.swapaxes(-1, -2)
+        put_states(states, block.write, block.heads, written, spec)
 
 
 def _load(call: Call, rows: np.ndarray) -> _Tokens:

@@ -9,6 +9,7 @@ from typing import NamedTuple, Protocol
 import numpy as np
 
 from gdr import _threads
+from gdr._numpy_casts import store, widen
 from gdr._ring import Slots
 
 # Sequences with larger states are taken where they are, neighbouring slots together; smaller ones are gathered.
@@ -59,8 +60,17 @@ def states_of(states: np.ndarray, slots: Slots, heads: slice, dtype: np.dtype, s
     """Some states as ``[n, H, r, K, V]`` of `dtype`: a view where each head's is one block of memory, else a copy."""
     h = states[slots, heads]
     if h.dtype != dtype or not _has_dense_heads(h):
-        h = np.ascontiguousarray(h, dtype)
+        h = widen(h, dtype)
     return h if spec.layout == "kv" else h.swapaxes(-1, -2)
+
+
+def put_states(states: np.ndarray, slots: Slots, heads: slice, h: np.ndarray, spec: Shape) -> None:
+    """Store some states ``[n, H, r, K, V]``."""
+    h = h if spec.layout == "kv" else h.swapaxes(-1, -2)
+    if isinstance(slots, slice):
+        store(states[slots, heads], h)
+    else:
+        states[slots, heads] = h
 
 
 def _has_dense_heads(states: np.ndarray) -> bool:
