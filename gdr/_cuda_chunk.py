@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 from gdr import _arrays, _cuda_fused_recurrent, _cuda_loader
 from gdr._cuda_fused_recurrent import TYPES
 from gdr._cuda_loader import Gpu, describe_gpu
-from gdr._inputs import Call
+from gdr._inputs import Call, refuse_misaligned
 from gdr._spec import Spec
 
 CHUNK = 64
@@ -137,6 +137,7 @@ def run(call: Call) -> None:
 
 
 def _run(call: Call, plan: Plan) -> None:
+    refuse_misaligned(call)
     spec = call.spec
     pointer = _arrays.pointer
     q, k, v, out = pointer(call.q), pointer(call.k), pointer(call.v), pointer(call.out)

@@ -11,7 +11,7 @@ from operator import attrgetter
 from typing import Any, NamedTuple
 
 from gdr import _arrays, _cuda_loader
-from gdr._inputs import Call
+from gdr._inputs import Call, refuse_misaligned
 from gdr._spec import OPERANDS, Spec
 
 TYPES = {None: -1, "float32": 0, "float16": 1, "bfloat16": 2}
@@ -98,7 +98,11 @@ def run(call: Call) -> None:
     written = 0 if call.final_slots is None else pointer(call.final_slots)
     cu_seqlens = 0 if call.cu_seqlens is None else pointer(call.cu_seqlens)
     in_place = call.final_state is call.initial_state and read == written
-    variant = (not (q | k) & 15, not (initial | final) & 15, in_place)
+    tokens, states = q | k, initial | final
+    A_log, dt_bias, a, b = gates
+    if (tokens | states | v | out | A_log | dt_bias | a | b | read | written | cu_seqlens) & 7:
+        refuse_misaligned(call)
+    variant = (not tokens & 15, not states & 15, in_place)
     launch = plan.launches.get(variant) or plan.launch(variant)
     scalars = (call.scale, call.softplus_beta, 1 / call.softplus_beta, call.softplus_threshold)
     stream = call.stream

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from gdr import _arrays, _cuda_loader
 from gdr._cuda_fused_recurrent import TYPES
-from gdr._inputs import Call
+from gdr._inputs import Call, refuse_misaligned
 from gdr._spec import Spec
 
 _THREADS = 256
@@ -15,6 +15,7 @@ PARAMS = {"gate": _params}
 
 def run(call: Call) -> None:
     """Fill ``call.g`` and ``call.beta``, new contiguous float32 arrays."""
+    refuse_misaligned(call)
     spec = call.spec
     count = spec.B * spec.T * spec.HV
     pointer = _arrays.pointer

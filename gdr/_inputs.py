@@ -57,6 +57,7 @@ class Call:
     draft: Any = False  # nothing is committed: what the tokens would write is kept as drafts
     parents: Any = None  # the draft before each draft, [N, T]; None for a chain
     whole: Any = False  # an interrupt must find all states written, or none
+    names: Any = None  # what the caller calls an operand where that differs
 
     @property
     def stream(self) -> int:
@@ -121,6 +122,7 @@ def prepare(
         bool(batch_invariant),
         *arrays,
     )
+    call.names = names
     if not spec.native:
         _adopt(call, operands, names)
     if op == "gate":
@@ -191,6 +193,20 @@ def _adopt(call: Call, operands: dict[str, Any], names: dict[str, str]) -> None:
         call.final_slots = call.initial_slots
     if call.spec.device == "cpu" and call.spec.op != "gate":
         _check_memory(call, operands, names)
+
+
+def refuse_misaligned(call: Call) -> None:
+    """Refuse arrays whose elements lie where no GPU can read them, such as views of bytes at odd addresses.
+
+    The launchers ask for this where any address is no multiple of 8.
+    """
+    for name, dtype in call.spec.dtypes.items():
+        x, size = getattr(call, name), _arrays.numpy_dtype(dtype).itemsize
+        if x is not None and _arrays.pointer(x) % size:
+            raise ValueError(
+                f"{call.names.get(name, name)}: expected elements at multiples of {size} bytes, "
+                f"got an array that begins at {_arrays.pointer(x):#x}"
+            )
 
 
 def number(name: str, value: Any) -> float:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import re
+import types
 
 import ml_dtypes
 import numpy as np
@@ -11,6 +12,7 @@ import pytest
 from places import assert_same_bits, given, raw
 
 import gdr
+from gdr import _arrays, _cuda_fused_recurrent, _inputs
 from gdr.testing import make_inputs
 
 UPDATE = gdr.fused_sigmoid_gating_delta_rule_update
@@ -362,8 +364,51 @@ def test_scalars_of_numpy_are_numbers():
 
 
 def test_many_signatures_do_not_grow_without_bound():
-    from gdr import _inputs
-
     for n in range(_inputs._MAX_SPECS + 50):
         gdr.gated_delta_rule_gate(zeros(1), zeros(n, 1), zeros(1), zeros(n, 1))
     assert len(_inputs._specs) <= _inputs._MAX_SPECS
+
+
+# -- elements where no GPU can read them: the launchers' own check, with NumPy arrays in place of CuPy's
+
+
+class _Launched(Exception):
+    pass
+
+
+def _device_call(op, operands, monkeypatch, **options):
+    """A call as a launcher gets it; running it raises _Launched where a kernel would start."""
+    call = _inputs.prepare(op, operands, names={"initial_state": "initial_state_source"}, **options)
+    call.library = types.SimpleNamespace(stream=lambda device: 0, empty=np.empty, name="numpy")
+
+    class Launches(dict):
+        def get(self, variant):
+            raise _Launched
+
+    monkeypatch.setattr(_arrays.NumpyArrays, "pointer", lambda self, x: x.__array_interface__["data"][0])
+    call.spec.plan["fused_recurrent"] = plan = _cuda_fused_recurrent.Plan(call)
+    plan.launches = Launches()
+    return call
+
+
+def _at_an_odd_address(x):
+    memory = np.zeros(x.nbytes + 1, np.uint8)
+    view = memory[1:].view(x.dtype).reshape(x.shape)
+    view[...] = x
+    return view
+
+
+@pytest.mark.parametrize("name", [None, "q", "v", "out", "A_log", "a", "initial_state", "initial_slots", "cu_seqlens"])
+def test_misaligned_elements_are_refused_before_a_launch(monkeypatch, name):
+    x = make_inputs(lengths=[2, 3], H=1, HV=2, K=4, V=4, dtype="float16")
+    operands = {n: getattr(x, n) for n in ("q", "k", "v", "a", "b", "A_log", "dt_bias", "cu_seqlens")}
+    operands |= {"out": np.empty_like(x.v), "initial_state": x.state, "initial_slots": x.slots}
+    operands = {n: y.copy() if n != name else _at_an_odd_address(y) for n, y in operands.items()}
+    operands |= {"final_state": operands["initial_state"], "final_slots": operands["initial_slots"]}
+    call = _device_call("fused_recurrent", operands, monkeypatch)
+    if name in ("initial_slots", "cu_seqlens"):  # on the host these were copied
+        setattr(call, name, operands[name])
+    said = {"initial_state": "initial_state_source"}.get(name, name)
+    wanted = (_Launched, None) if name is None else (ValueError, f"^{said}: expected elements at multiples of")
+    with pytest.raises(wanted[0], match=wanted[1]):
+        _cuda_fused_recurrent.run(call)
