@@ -22,7 +22,7 @@ __device__ __forceinline__ void add_scaled(float4& y, const float4& x, float fac
 }  // namespace
 
 extern "C" __global__ void __launch_bounds__(kThreads) chunk_combine(const __grid_constant__ Params p) {
-    __shared__ float before[kKeys][kValueRows];
+    __shared__ __align__(16) float before[kQuads][4 * kValueRows + 4];  // of 4 keys; neighbours in different banks
     __shared__ float4 sums[kParts][kValueRows][kQuads];
     const int heads = p.H * p.group;
     const int value = blockIdx.x % (kV / kValueRows) * kValueRows, hv = blockIdx.x / (kV / kValueRows) % heads;
@@ -40,8 +40,8 @@ extern "C" __global__ void __launch_bounds__(kThreads) chunk_combine(const __gri
         return reinterpret_cast<float4*>(p.maps) + (static_cast<i64>(row) * heads + hv) * (kV + kKeys) * kQuads;
     };
     const auto keep = [&](const float4& state) {  // of value column `part`
-        before[quad * 4][part] = state.x, before[quad * 4 + 1][part] = state.y;
-        before[quad * 4 + 2][part] = state.z, before[quad * 4 + 3][part] = state.w;
+        before[quad][part] = state.x, before[quad][kValueRows + part] = state.y;
+        before[quad][2 * kValueRows + part] = state.z, before[quad][3 * kValueRows + part] = state.w;
     };
     const auto load = [&](float4(&M)[kTerms], int row) {
 #pragma unroll
@@ -55,7 +55,8 @@ extern "C" __global__ void __launch_bounds__(kThreads) chunk_combine(const __gri
 #pragma unroll
         for (int i = 0; i < kTerms; ++i) {
 #pragma unroll
-            for (int v = 0; v < kValueRows; ++v) add_scaled(sum[v], M[i], before[part * kTerms + i][v]);
+            for (int v = 0; v < kValueRows; ++v)
+                add_scaled(sum[v], M[i], before[part * (kTerms / 4) + i / 4][i % 4 * kValueRows + v]);
         }
 #pragma unroll
         for (int v = 0; v < kValueRows; ++v) sums[part][v][quad] = sum[v];

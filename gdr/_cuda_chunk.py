@@ -223,20 +223,24 @@ def _fits(tile: Tile, K: int, batch_invariant: bool, gpu: Gpu) -> bool:
 
 def _cuts_by_warpgroups(spec: Spec, batch_invariant: bool) -> Iterator[Cut]:
     chunks = count_chunks(spec)
-    for columns in (64, 128):
-        if spec.V % columns:
-            continue
+    widest = 64 if spec.V % 128 else 128
+    for columns in (64, 128)[: widest // 64]:
         tile = Tile(columns, 1, 3, warpgroups=True)
         yield Cut(tile)
-        if batch_invariant or (spec.V + _align(spec.K, 64)) % columns:
+        if batch_invariant or columns < widest or (spec.V + _align(spec.K, 64)) % columns:
             continue
         for segment in (4, 8, 16, 32, 64, 128, 256):
             if 3 * segment * spec.N <= chunks:
                 yield Cut(tile, segment)
 
 
+# Measured on an H100, by columns: microseconds a chunk of walks that few blocks do, and of composing ones; bytes a
+# microsecond of walks on all processors.
+_WALK_LATENCY, _COMPOSE_LATENCY, _BANDWIDTH = {64: 0.95, 128: 1.5}, {64: 0.8, 128: 1.05}, {64: 2.35e6, 128: 2.6e6}
+
+
 def _estimate(spec: Spec, cut: Cut, gpu: Gpu) -> float:
-    """Microseconds of the walks, as if all sequences were of one length; the constants are measurements on an H100."""
+    """Microseconds of the walks, as if all sequences were of one length."""
     chunks = -(-count_chunks(spec) // spec.N)
     segments = -(-chunks // cut.segment) if cut.segment else 1
     columns, steps = cut.tile.columns, cut.segment or chunks
@@ -244,16 +248,17 @@ def _estimate(spec: Spec, cut: Cut, gpu: Gpu) -> float:
     values = 2 * CHUNK * spec.V
 
     def walk(segments: int, all_columns: int, latency: float, bytes_a_chunk: float) -> float:
+        if spec.N > 1 and columns == 128:
+            latency *= 1.1  # with few blocks a sequence, one longer than the others takes longer
         blocks = spec.N * spec.HV * segments * (all_columns // columns)
         waves = -(-blocks // gpu.multiprocessors)
         heads = min(blocks, gpu.multiprocessors) * columns / all_columns
-        return 9 + waves * steps * max(latency, heads * bytes_a_chunk / 2.6e6)
+        return 9 + waves * steps * max(latency, heads * bytes_a_chunk / _BANDWIDTH[columns])
 
-    total = walk(segments, spec.V, {64: 0.95, 128: 1.5}[columns], 2 * key_tile + _HEAD_TILE + 2 * values)
+    total = walk(segments, spec.V, _WALK_LATENCY[columns], 2 * key_tile + _HEAD_TILE + 2 * values)
     if cut.segment:
-        all_columns = spec.V + _align(spec.K, 64)
-        latency = {64: 0.8, 128: 1.65}[columns]
-        total += walk(segments - 1, all_columns, latency, key_tile + _HEAD_TILE / 2 + values) + 4 + segments
+        all_columns, bytes_a_chunk = spec.V + _align(spec.K, 64), key_tile + _HEAD_TILE / 2 + values
+        total += walk(segments - 1, all_columns, _COMPOSE_LATENCY[columns], bytes_a_chunk) + 2 * segments
     return total
 
 
