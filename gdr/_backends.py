@@ -25,7 +25,7 @@ def run(call: Call) -> None:
         name = backend(call.spec)
         key = name, call.spec.op, "run"
     else:
-        name = ring_backend(call.spec.device)
+        name = backend(call.spec)
         key = name, "ring", "verify" if call.draft else "run"
     if getattr(_thread, "planning", False):
         raise Planned(call)
@@ -46,14 +46,9 @@ def backend(spec: Spec) -> str:
     return "numpy" if spec.op == "gate" else cpu_backend()
 
 
-def ring_backend(device: str | int) -> str:
-    """Name of the backend that keeps the rings of pools on a device: "cuda" or, whatever runs the rest, "numpy"."""
-    return "numpy" if device == "cpu" else "cuda"
-
-
 def ring_module(device: str | int) -> Any:
-    """The module of that backend: `Ring` and its functions."""
-    name = ring_backend(device)
+    """The module with `Ring` and all that is done with one but to run tokens, which the backend of a call does."""
+    name = "numpy" if device == "cpu" else "cuda"
     if importlib.util.find_spec(f"gdr._{name}_ring") is None:
         raise NotImplementedError(f"ring: pools on {name} devices can neither put off writes nor verify drafts")
     return importlib.import_module(f"gdr._{name}_ring")

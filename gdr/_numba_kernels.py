@@ -480,3 +480,153 @@ def run_heads_parallel(
             softplus_threshold, l2norm, initial, initial_strides, final, final_strides, has_initial,
             has_final, in_place, transposed, tile,
         )  # fmt: skip
+
+
+# --- tokens that are not written into the state
+# ------------------------------------------------------------------------------
+
+
+@numba.njit(**_OPTIONS)
+def _read_transposed(x, count, flat, start, r, row, V):
+    """``r[m] = x[m] h`` for rows m of `x` and a stored ``h [V, K]``; `row` is room for one of its rows."""
+    K = x.shape[1]
+    for n in range(V):
+        stored = flat[start + n * K : start + (n + 1) * K]
+        for i in range(K):
+            row[i] = _widen(stored[i])
+        for m in range(2 * count):
+            r[m * PITCH + n] = _dot(row, x[m])
+
+
+@numba.njit(**_OPTIONS)
+def _add_pending(x, count, keys, updates, decays, fill, r):
+    """Add to the reads `r` of a state, which the pending tokens' decays have reached, what those have written."""
+    number = x.dtype.type
+    V = updates.shape[1]
+    left = number(decays[0])
+    for m in range(2 * count):
+        row = r[m * PITCH : m * PITCH + V]
+        for n in range(V):
+            row[n] *= left
+        for j in range(fill):
+            weight = number(decays[1 + j] * _dot(x[m], keys[j]))
+            u = updates[j]
+            for n in range(V):
+                row[n] += weight * u[n]
+
+
+@numba.njit(**_OPTIONS)
+def _solve_tree(x, count, parents, decays, betas, v, r, out, t0, hv, left, w):
+    """`_solve` where token i follows the token ``parents[i]``, or the state (-1), and sees no others."""
+    number = x.dtype.type
+    V = v.shape[2]
+    for i in range(count):
+        parent = parents[i]
+        left[i] = (left[parent] if parent >= 0 else 1.0) * decays[i]
+        for j in range(count):
+            w[i, j] = 0.0
+        if parent >= 0:
+            for j in range(parent + 1):
+                w[i, j] = w[parent, j] * decays[i]
+        w[i, i] = 1.0
+        mine, reads = r[2 * i * PITCH : 2 * i * PITCH + V], r[(2 * i + 1) * PITCH : (2 * i + 1) * PITCH + V]
+        d = number(left[i])
+        for n in range(V):
+            mine[n] *= d
+            reads[n] *= d
+        for j in range(i):
+            if w[i, j] != 0:
+                on_key, on_query = (
+                    number(w[i, j] * _dot(x[2 * i], x[2 * j])),
+                    number(w[i, j] * _dot(x[2 * i + 1], x[2 * j])),
+                )
+                u = r[2 * j * PITCH : 2 * j * PITCH + V]
+                for n in range(V):
+                    mine[n] += on_key * u[n]
+                    reads[n] += on_query * u[n]
+        beta, own = number(betas[i]), _dot(x[2 * i + 1], x[2 * i])
+        value, o = v[t0 + i, hv], out[t0 + i, hv]
+        for n in range(V):
+            u_n = beta * (value[n] - mine[n])
+            mine[n] = u_n
+            o[n] = reads[n] + own * u_n
+
+
+@_cached()
+def run_apart(
+    first, last, slots, q, k, v, out, A_log, dt_bias, a, b, scale, softplus_beta, softplus_threshold, l2norm,
+    states, transposed, counts, keys, updates, decays, draft, parents, tree, new_keys, new_updates, new_decays,
+    new_fill,
+):  # fmt: skip
+    """Run sequences of T tokens on states with pending tokens, and keep what they would write apart from the states.
+
+    Units `first` to `last` are pairs of a sequence and a value head.  `states` is flat.  Sequence n has
+    `counts[n]` pending tokens in `keys [slots, H, C, K]`, `updates [slots, HV, C, V]` and `decays [slots, HV,
+    1 + C]`.  Drafts go to the arrays `new_...`, with their own decays; a token that is no draft, T is 1 then,
+    to the pending ones, which these arrays are.
+    """
+    H, K = q.shape[1:]
+    HV, V = v.shape[1:]
+    T = parents.shape[1]
+    number = q.dtype.type
+    x = np.zeros((2 * TILE, K), q.dtype)
+    r = np.empty(2 * TILE * PITCH, q.dtype)
+    w, left = np.empty((TILE, TILE), np.float64), np.empty(TILE, np.float64)
+    own_decays, betas = np.empty(TILE, np.float64), np.empty(TILE, np.float64)
+    space = np.empty(K * V, q.dtype)
+    scale = number(scale)
+    for unit in range(first, last):
+        n, hv = unit // HV, unit % HV
+        slot, hk, t0 = slots[n], hv // (HV // H), n * T
+        if slot < 0:
+            out[t0 : t0 + T, hv] = 0
+            continue
+        for i in range(T):
+            own_decays[i], betas[i] = _gate(
+                A_log[hv], a[t0 + i, hv], dt_bias[hv], b[t0 + i, hv], softplus_beta, softplus_threshold
+            )
+            _load_row(k[t0 + i, hk], x[2 * i], number(1), l2norm)
+            _load_row(q[t0 + i, hk], x[2 * i + 1], scale, l2norm)
+        start = (slot * HV + hv) * K * V
+        if transposed:
+            _read_transposed(x, T, states, start, r, space[:K], V)
+        elif _viewable(states, q):
+            _read(x, T, _view(states, space, start, K, V), r)
+        else:
+            h = space.reshape(K, V)
+            _copy_in(h, states, start, False)
+            _read(x, T, h, r)
+        count = counts[n]
+        if count > 0:
+            _add_pending(x, T, keys[slot, hk], updates[slot, hv], decays[slot, hv], count, r)
+        if tree:
+            _solve_tree(x, T, parents[n], own_decays, betas, v, r, out, t0, hv, left, w)
+        else:
+            _solve(x, T, own_decays, betas, v, r, out, t0, hv, left)
+        at = 0 if draft else count
+        for i in range(T):
+            new_updates[slot, hv, at + i] = r[2 * i * PITCH : 2 * i * PITCH + V]
+            if hv % (HV // H) == 0:
+                new_keys[slot, hk, at + i] = x[2 * i]
+            if draft:
+                new_decays[slot, hv, 1 + i] = own_decays[i]
+            else:
+                for j in range(1 + at):
+                    new_decays[slot, hv, j] *= own_decays[i]
+                new_decays[slot, hv, 1 + at] = 1
+        if hv == 0:
+            new_fill[slot] = at + T
+
+
+@_cached(parallel=True)
+def run_apart_parallel(
+    bounds, slots, q, k, v, out, A_log, dt_bias, a, b, scale, softplus_beta, softplus_threshold, l2norm, states,
+    transposed, counts, keys, updates, decays, draft, parents, tree, new_keys, new_updates, new_decays, new_fill,
+):  # fmt: skip
+    """`run_apart` with a thread for each range between two `bounds`."""
+    for i in numba.prange(bounds.size - 1):
+        run_apart(
+            bounds[i], bounds[i + 1], slots, q, k, v, out, A_log, dt_bias, a, b, scale, softplus_beta,
+            softplus_threshold, l2norm, states, transposed, counts, keys, updates, decays, draft, parents, tree,
+            new_keys, new_updates, new_decays, new_fill,
+        )  # fmt: skip

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import os
 import threading
+from collections.abc import Callable
 from typing import Any
 
 import numba
@@ -42,15 +43,15 @@ def run(call: Call, tile: int) -> None:
     if plan is None:
         plan = spec.plan["numba"] = _Plan(spec)
     dtype, tokens = plan.dtype, plan.tokens
-    q = _contiguous(call.q, dtype).reshape(tokens, spec.H, spec.K)
-    k = _contiguous(call.k, dtype).reshape(tokens, spec.H, spec.K)
-    v = _contiguous(call.v, dtype).reshape(tokens, spec.HV, spec.V)
+    q = contiguous(call.q, dtype).reshape(tokens, spec.H, spec.K)
+    k = contiguous(call.k, dtype).reshape(tokens, spec.H, spec.K)
+    v = contiguous(call.v, dtype).reshape(tokens, spec.HV, spec.V)
     if plan.raw:
-        a, b, A_log, dt_bias = call.a, call.b, _contiguous(call.A_log, dtype), _contiguous(call.dt_bias, dtype)
+        a, b, A_log, dt_bias = call.a, call.b, contiguous(call.A_log, dtype), contiguous(call.dt_bias, dtype)
     else:
         a, b, A_log, dt_bias = call.g, call.beta, plan.nothing, plan.nothing
-    a = _contiguous(a, dtype).reshape(tokens, spec.HV)
-    b = _contiguous(b, dtype).reshape(tokens, spec.HV)
+    a = contiguous(a, dtype).reshape(tokens, spec.HV)
+    b = contiguous(b, dtype).reshape(tokens, spec.HV)
     out = call.out
     if out.dtype != dtype or not out.flags.c_contiguous:
         out = np.empty(out.shape, dtype)
@@ -68,11 +69,11 @@ def run(call: Call, tile: int) -> None:
         call.softplus_beta, call.softplus_threshold, plan.l2norm, initial, initial_strides, final,
         final_strides, plan.has_initial, plan.has_final, in_place, plan.transposed, tile,
     )  # fmt: skip
-    _launch(plan, arguments)
+    launch(run_heads, run_heads_parallel, plan.units, plan.worth_threads, lambda n: plan.bounds(n, rows), arguments)
     if not plan.as_stored and plan.has_final:
         _store_copies(call, copied_rows, final)
     if out is not call.out:
-        _assign(call.out, out)
+        assign(call.out, out)
 
 
 class _Plan:
@@ -112,9 +113,9 @@ class _Plan:
 
     def stored_states(self, call: Call) -> tuple[Any, ...]:
         """The states where they are: flat arrays, their strides, and whether the two are one."""
-        initial = _flat(call.initial_state) if self.has_initial else None
+        initial = flat(call.initial_state) if self.has_initial else None
         in_place = self.has_final and call.final_state is call.initial_state
-        final = initial if in_place else _flat(call.final_state) if self.has_final else None
+        final = initial if in_place else flat(call.final_state) if self.has_final else None
         strides = self.strides
         if final is None and initial is None:
             return self.nothing, self.copies_strides, self.nothing, self.copies_strides, False
@@ -151,17 +152,25 @@ def _has_dense_heads(spec: Spec, name: str) -> bool:
     return inner and (strides[2] == shape[3] or shape[2] == 1) and min(strides) >= 0
 
 
-def _launch(plan: _Plan, arguments: tuple[Any, ...]) -> None:
-    if plan.worth_threads and not _forked:
-        workers = min(_threads.thread_count(), numba.config.NUMBA_NUM_THREADS, plan.units)
+def launch(
+    kernel: Callable[..., None],
+    parallel: Callable[..., None],
+    units: int,
+    worth_threads: bool,
+    bounds: Callable[[int], np.ndarray],
+    arguments: tuple[Any, ...],
+) -> None:
+    """Call a kernel for all units, or its parallel form with the `bounds` of as many workers as there are."""
+    if worth_threads and not _forked:
+        workers = min(_threads.thread_count(), numba.config.NUMBA_NUM_THREADS, units)
         # A thread that finds the others busy with another call does all of its own work.
         if workers > 1 and _parallel.acquire(blocking=False):
             try:
-                run_heads_parallel(plan.bounds(workers, arguments[0]), *arguments)
+                parallel(bounds(workers), *arguments)
             finally:
                 _parallel.release()
             return
-    run_heads(0, plan.units, *arguments)
+    kernel(0, units, *arguments)
 
 
 def _rows(call: Call) -> np.ndarray:
@@ -199,7 +208,7 @@ def _store_copies(call: Call, rows: np.ndarray, final: np.ndarray) -> None:
             call.final_state[write] = states[n]
 
 
-def _flat(x: np.ndarray) -> np.ndarray:
+def flat(x: np.ndarray) -> np.ndarray:
     """A flat view of a state array that starts where it starts and spans all of it; 16-bit numbers as bits."""
     bits = _BITS.get(x.dtype.name)
     if bits is not None:
@@ -221,7 +230,7 @@ def _as_writable(x: np.ndarray) -> np.ndarray:
     return np.ndarray(x.shape, x.dtype, memory, 0, x.strides)
 
 
-def _contiguous(x: np.ndarray, dtype: np.dtype) -> np.ndarray:
+def contiguous(x: np.ndarray, dtype: np.dtype) -> np.ndarray:
     if x.dtype == dtype:
         flags = x.flags
         if flags.c_contiguous and flags.writeable:
@@ -238,7 +247,7 @@ def _contiguous(x: np.ndarray, dtype: np.dtype) -> np.ndarray:
     return target
 
 
-def _assign(target: np.ndarray, x: np.ndarray) -> None:
+def assign(target: np.ndarray, x: np.ndarray) -> None:
     """Copy `x` into `target`, rounded to its dtype."""
     bits = _BITS.get(target.dtype.name)
     if bits is None or x.dtype != np.float32:
