@@ -48,10 +48,10 @@ def backend(spec: Spec) -> str:
 
 def ring_module(device: str | int) -> Any:
     """The module with `Ring` and all that is done with one but to run tokens, which the backend of a call does."""
-    name = "numpy" if device == "cpu" else "cuda"
-    if importlib.util.find_spec(f"gdr._{name}_ring") is None:
-        raise NotImplementedError(f"ring: pools on {name} devices can neither put off writes nor verify drafts")
-    return importlib.import_module(f"gdr._{name}_ring")
+    name = "gdr._ring" if device == "cpu" else "gdr._cuda_ring"
+    if importlib.util.find_spec(name) is None:
+        raise NotImplementedError(f"ring: pools on {device} can neither put off writes nor verify drafts")
+    return importlib.import_module(name)
 
 
 def module(spec: Spec) -> Any:

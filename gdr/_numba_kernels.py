@@ -630,3 +630,55 @@ def run_apart_parallel(
             softplus_threshold, l2norm, states, transposed, counts, keys, updates, decays, draft, parents, tree,
             new_keys, new_updates, new_decays, new_fill,
         )  # fmt: skip
+
+
+@_cached()
+def write_entries(first, last, targets, entries, states, transposed, keys, updates, decays, fill):
+    """Write tokens kept apart from states into them: of row `entries[n]` of the arrays into state `targets[n]`.
+
+    Units `first` to `last` are pairs of an n and a value head.  ``h = d_0 h + sum_j d_j k_j u_j^T``, by as many tokens
+    at a time as a tile has.
+    """
+    H, K = keys.shape[1], keys.shape[3]
+    HV, V = updates.shape[1], updates.shape[3]
+    number = keys.dtype.type
+    rows, columns = (V, K) if transposed else (K, V)
+    x = np.zeros((2 * TILE, rows), keys.dtype)
+    r = np.empty(2 * TILE * PITCH, keys.dtype)
+    space = np.empty(K * V, keys.dtype)
+    for unit in range(first, last):
+        n, hv = unit // HV, unit % HV
+        entry, hk = entries[n], hv // (HV // H)
+        start = (targets[n] * HV + hv) * K * V
+        direct = _viewable(states, space)
+        if direct:
+            h = _view(states, space, start, rows, columns)
+        else:
+            h = space.reshape(rows, columns)
+            _copy_in(h, states, start, False)
+        left = decays[entry, hv, 0]
+        for t0 in range(0, fill[entry], TILE):
+            count = min(TILE, fill[entry] - t0)
+            for j in range(count):
+                weight = number(decays[entry, hv, 1 + t0 + j])
+                # What multiplies a row of the stored state, and what is added to it.
+                if transposed:
+                    r[2 * j * PITCH : 2 * j * PITCH + K] = keys[entry, hk, t0 + j]
+                    for i in range(V):
+                        x[2 * j, i] = weight * updates[entry, hv, t0 + j, i]
+                else:
+                    r[2 * j * PITCH : 2 * j * PITCH + V] = updates[entry, hv, t0 + j]
+                    for i in range(K):
+                        x[2 * j, i] = weight * keys[entry, hk, t0 + j, i]
+            decay = number(left)
+            _write(h, decay, number(left - np.float64(decay)), x, count, r)
+            left = 1.0
+        if not direct:
+            _copy_out(states, start, h, False)
+
+
+@_cached(parallel=True)
+def write_entries_parallel(bounds, targets, entries, states, transposed, keys, updates, decays, fill):
+    """`write_entries` with a thread for each range between two `bounds`."""
+    for i in numba.prange(bounds.size - 1):
+        write_entries(bounds[i], bounds[i + 1], targets, entries, states, transposed, keys, updates, decays, fill)

@@ -1,14 +1,15 @@
-"""Steps with deferred write-back, and drafts, with Numba; what else is done with a ring is NumPy's."""
+"""Steps with deferred write-back, and drafts, with Numba."""
 
 from __future__ import annotations
+
+from functools import partial
 
 import numpy as np
 
 from gdr._inputs import Call
-from gdr._numba_kernels import run_apart, run_apart_parallel
+from gdr._numba_kernels import run_apart, run_apart_parallel, write_entries, write_entries_parallel
 from gdr._numba_launch import THREADING_THRESHOLD, assign, contiguous, flat, launch
-from gdr._numpy_ring import fold_due, rollback
-from gdr._ring import Entries
+from gdr._ring import Entries, Ring, fold_due, rollback
 
 
 def run(call: Call) -> None:
@@ -28,6 +29,33 @@ def verify(call: Call) -> None:
     parents = np.tile(np.arange(-1, T - 1), (slots.size, 1)) if call.parents is None else call.parents
     ring.parents[slots[live], :T] = parents[live]
     _run(call, drafts, parents)
+
+
+def write(
+    ring: Ring,
+    pool: np.ndarray,
+    targets: np.ndarray,
+    entries: Entries,
+    rows: np.ndarray,
+    written: Entries | None = None,
+) -> None:
+    """Write tokens, rows of `entries`, into states, `targets` of an array like the ring's pool.
+
+    Nothing can fail half-way, so that the tokens in `written` need not be marked one by one.
+    """
+    units = rows.size * pool.shape[1]
+    launch(
+        write_entries,
+        write_entries_parallel,
+        units,
+        units * pool[0, 0].size >= THREADING_THRESHOLD,
+        partial(_split, units),
+        (targets, rows, flat(pool), ring.layout == "vk", entries.keys, entries.updates, entries.decays, entries.fill),
+    )
+
+
+def _split(units: int, workers: int) -> np.ndarray:
+    return np.arange(workers + 1) * units // workers
 
 
 def _run(call: Call, to: Entries, parents: np.ndarray | None = None) -> None:
@@ -55,7 +83,7 @@ def _run(call: Call, to: Entries, parents: np.ndarray | None = None) -> None:
         run_apart_parallel,
         units,
         tokens * spec.HV * spec.K * spec.V >= THREADING_THRESHOLD,
-        lambda workers: np.arange(workers + 1) * units // workers,
+        partial(_split, units),
         arguments,
     )
     if out is not call.out:

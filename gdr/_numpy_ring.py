@@ -32,7 +32,7 @@ from gdr._numpy_states import (
     states_of,
 )
 from gdr._numpy_states import read as products
-from gdr._ring import Entries, Ring
+from gdr._ring import Entries, Ring, fold_due, rollback
 
 L2_EPS = 1e-6
 
@@ -96,14 +96,6 @@ def _call_all(functions: Sequence[Callable[[], None]]) -> None:
         function()
 
 
-def fold_due(ring: Ring, slots: np.ndarray) -> None:
-    """Make room for a token of each of some slots."""
-    due = slots[ring.pending.fill[slots] >= ring.limit[slots]]
-    if due.size:
-        _threads.uninterrupted(partial(_fold, ring, due))
-        ring.limit[due] = ring.capacity
-
-
 def verify(call: Call) -> None:
     """Run the draft tokens of each sequence of a pool, and keep what they would write for `commit`."""
     spec, ring = call.spec, call.ring
@@ -126,77 +118,6 @@ def verify(call: Call) -> None:
     ring.parents[slots, : spec.T] = tokens.parents
     drafts.fill[slots] = spec.T
     _store(call, tokens.outputs.reshape(live.size, spec.HV, spec.T, spec.V).swapaxes(1, 2), live)
-
-
-def commit(ring: Ring, slots: np.ndarray, accepted: np.ndarray) -> None:
-    """Keep of each slot the drafts from the state to number ``accepted - 1``, and drop the others."""
-    accepted = accepted[slots >= 0]
-    slots = slots[slots >= 0]
-    if ring.drafts is None or not slots.size:
-        return
-    _threads.uninterrupted(partial(_commit, ring, slots, ring.paths_to(slots, accepted - 1)))
-
-
-def _commit(ring: Ring, slots: np.ndarray, paths: np.ndarray) -> None:
-    assert ring.drafts is not None
-    taken = ring.drafts.take(slots, paths)
-    fill = ring.pending.fill[slots]
-    due = (fill > 0) & (fill + taken.fill > ring.limit[slots])
-    if due.any():
-        _fold(ring, slots[due])
-        ring.limit[slots[due]] = ring.capacity
-    large = taken.fill > ring.capacity
-    if large.any():
-        _write(ring, ring.pool, slots[large], taken, np.flatnonzero(large), written=ring.drafts)
-        taken.clear(np.flatnonzero(large))
-    if ring.capacity:
-        ring.pending.append(slots, taken)
-    rollback(ring, slots)
-
-
-def rollback(ring: Ring, slots: np.ndarray) -> None:
-    """Drop the drafts of slots."""
-    if ring.drafts is not None:
-        ring.drafts.fill[slots[slots >= 0]] = 0
-
-
-def fold(ring: Ring, slots: np.ndarray | None = None) -> None:
-    """Write the pending tokens of slots (of all without) into their states, and drop their drafts."""
-    slots = np.arange(ring.limit.size) if slots is None else slots[slots >= 0]
-    rollback(ring, slots)
-    pending = slots[ring.pending.fill[slots] > 0]
-    if pending.size:
-        _threads.uninterrupted(partial(_fold, ring, pending))
-        ring.restart(pending)
-
-
-def forget(ring: Ring, slots: np.ndarray) -> None:
-    """Drop the pending tokens and the drafts of slots, whose states are overwritten."""
-    rollback(ring, slots)
-    ring.pending.clear(slots)
-    ring.restart(slots)
-
-
-def read(ring: Ring, slots: np.ndarray) -> np.ndarray:
-    """Copy of the states of slots with their pending tokens."""
-    states = ring.pool[slots]
-    at = np.flatnonzero(ring.pending.fill[slots])
-    if at.size:
-        _write(ring, states, at, ring.pending, slots[at])
-    return states
-
-
-def copy(ring: Ring, sources: np.ndarray, targets: np.ndarray) -> None:
-    """Copy the states of slots with their pending tokens, as they are, to other slots."""
-    rollback(ring, targets)
-    pending = ring.pending
-    count = pending.fill[sources].max(initial=0)
-    ring.pool[targets] = ring.pool[sources]
-    pending.keys[targets, :, :count] = pending.keys[sources, :, :count]
-    pending.updates[targets, :, :count] = pending.updates[sources, :, :count]
-    pending.decays[targets, :, : 1 + count] = pending.decays[sources, :, : 1 + count]
-    pending.fill[targets] = pending.fill[sources]
-    ring.limit[targets] = ring.limit[sources]
 
 
 def _live(call: Call) -> tuple[np.ndarray, np.ndarray]:
@@ -319,13 +240,7 @@ class _Pool(NamedTuple):
     compute: str
 
 
-def _fold(ring: Ring, slots: np.ndarray) -> None:
-    """Write the pending tokens of slots into their states."""
-    _write(ring, ring.pool, slots, ring.pending, slots, written=ring.pending)
-    ring.pending.clear(slots)
-
-
-def _write(
+def write(
     ring: Ring,
     pool: np.ndarray,
     targets: np.ndarray,

@@ -9,14 +9,20 @@ A step reads h_0 and a few short vectors; every `capacity` tokens they are folde
 state of 16 bits is so rounded once every `capacity` tokens, too, and not at each.
 
 Draft tokens of speculative decoding are kept the same way, apart from the pending ones, until some are accepted.
+
+Here is what is done with the ring of a pool on the host but arithmetic: `run`, `verify` and `write` are the backends'.
 """
 
 from __future__ import annotations
 
+import importlib
 import threading
-from typing import TypeAlias
+from functools import partial
+from typing import Any, TypeAlias
 
 import numpy as np
+
+from gdr import _backends, _threads
 
 # Draft tokens that a slot can have.
 MAX_DRAFTS = 16
@@ -226,3 +232,93 @@ class Ring:
             if self.drafts is None:
                 self.drafts = Entries(*self._sizes, MAX_DRAFTS)
         return self.drafts
+
+
+def commit(ring: Ring, slots: np.ndarray, accepted: np.ndarray) -> None:
+    """Keep of each slot the drafts from the state to number ``accepted - 1``, and drop the others."""
+    accepted = accepted[slots >= 0]
+    slots = slots[slots >= 0]
+    if ring.drafts is None or not slots.size:
+        return
+    _threads.uninterrupted(partial(_commit, ring, slots, ring.paths_to(slots, accepted - 1)))
+
+
+def _commit(ring: Ring, slots: np.ndarray, paths: np.ndarray) -> None:
+    assert ring.drafts is not None
+    taken = ring.drafts.take(slots, paths)
+    fill = ring.pending.fill[slots]
+    due = (fill > 0) & (fill + taken.fill > ring.limit[slots])
+    if due.any():
+        _fold(ring, slots[due])
+        ring.limit[slots[due]] = ring.capacity
+    large = taken.fill > ring.capacity
+    if large.any():
+        _writer()(ring, ring.pool, slots[large], taken, np.flatnonzero(large), written=ring.drafts)
+        taken.clear(np.flatnonzero(large))
+    if ring.capacity:
+        ring.pending.append(slots, taken)
+    rollback(ring, slots)
+
+
+def rollback(ring: Ring, slots: np.ndarray) -> None:
+    """Drop the drafts of slots."""
+    if ring.drafts is not None:
+        ring.drafts.fill[slots[slots >= 0]] = 0
+
+
+def fold(ring: Ring, slots: np.ndarray | None = None) -> None:
+    """Write the pending tokens of slots (of all without) into their states, and drop their drafts."""
+    slots = np.arange(ring.limit.size) if slots is None else slots[slots >= 0]
+    rollback(ring, slots)
+    pending = slots[ring.pending.fill[slots] > 0]
+    if pending.size:
+        _threads.uninterrupted(partial(_fold, ring, pending))
+        ring.restart(pending)
+
+
+def forget(ring: Ring, slots: np.ndarray) -> None:
+    """Drop the pending tokens and the drafts of slots, whose states are overwritten."""
+    rollback(ring, slots)
+    ring.pending.clear(slots)
+    ring.restart(slots)
+
+
+def read(ring: Ring, slots: np.ndarray) -> np.ndarray:
+    """Copy of the states of slots with their pending tokens."""
+    states = ring.pool[slots]
+    at = np.flatnonzero(ring.pending.fill[slots])
+    if at.size:
+        _writer()(ring, states, at, ring.pending, slots[at])
+    return states
+
+
+def copy(ring: Ring, sources: np.ndarray, targets: np.ndarray) -> None:
+    """Copy the states of slots with their pending tokens, as they are, to other slots."""
+    rollback(ring, targets)
+    pending = ring.pending
+    count = pending.fill[sources].max(initial=0)
+    ring.pool[targets] = ring.pool[sources]
+    pending.keys[targets, :, :count] = pending.keys[sources, :, :count]
+    pending.updates[targets, :, :count] = pending.updates[sources, :, :count]
+    pending.decays[targets, :, : 1 + count] = pending.decays[sources, :, : 1 + count]
+    pending.fill[targets] = pending.fill[sources]
+    ring.limit[targets] = ring.limit[sources]
+
+
+def fold_due(ring: Ring, slots: np.ndarray) -> None:
+    """Make room for a token of each of some slots."""
+    due = slots[ring.pending.fill[slots] >= ring.limit[slots]]
+    if due.size:
+        _threads.uninterrupted(partial(_fold, ring, due))
+        ring.limit[due] = ring.capacity
+
+
+def _fold(ring: Ring, slots: np.ndarray) -> None:
+    """Write the pending tokens of slots into their states."""
+    _writer()(ring, ring.pool, slots, ring.pending, slots, written=ring.pending)
+    ring.pending.clear(slots)
+
+
+def _writer() -> Any:
+    """What writes tokens into states: `write` of the host's backend."""
+    return importlib.import_module(f"gdr._{_backends.cpu_backend()}_ring").write

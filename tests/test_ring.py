@@ -8,8 +8,7 @@ from places import Place, assert_same_bits
 
 import gdr
 from gdr import reference
-from gdr._numpy_ring import Ring, commit, copy, fold, forget, read, rollback
-from gdr._ring import Entries
+from gdr._ring import Entries, Ring, commit, copy, fold, forget, read, rollback
 from gdr.state import RING
 from gdr.testing import assert_close, make_inputs, relative_rms
 
@@ -72,7 +71,7 @@ def add(entries, row, count, rng):
     return k, u, d
 
 
-def test_append_and_fold_by_hand():
+def test_append_and_fold_by_hand(host):
     ring = hand_made()
     rng = np.random.default_rng(0)
     h = rng.normal(size=(2, 3))
@@ -91,7 +90,7 @@ def test_append_and_fold_by_hand():
     assert ring.pending.decays[2, 0, 0] == 1
 
 
-def test_forget_drops_what_is_pending():
+def test_forget_drops_what_is_pending(host):
     ring = hand_made()
     rng = np.random.default_rng(0)
     for slot in (0, 1):
@@ -125,7 +124,7 @@ def test_take_and_append_by_hand():
 
 
 @pytest.mark.parametrize("capacity", [0, 1, 3, 16])
-def test_commit_by_hand(capacity):
+def test_commit_by_hand(host, capacity):
     ring = hand_made(capacity)
     rng = np.random.default_rng(0)
     states = ring.pool[:, 0] = rng.normal(size=(4, 2, 3))
@@ -145,7 +144,7 @@ def test_commit_by_hand(capacity):
         assert (ring.pending.fill <= capacity).all()
 
 
-def test_copy_and_rollback_by_hand():
+def test_copy_and_rollback_by_hand(host):
     ring = hand_made(stagger=True)
     rng = np.random.default_rng(0)
     ring.pool[...] = rng.normal(size=ring.pool.shape)
@@ -187,7 +186,7 @@ def test_a_thousand_steps_stay_accurate(place, gates, keys):
         x.A_log, x.a, x.dt_bias, 1.0, 20.0, x.q, x.k, x.v, x.b, x.state, np.arange(2), use_qk_l2norm_in_kernel=True
     )
     assert_close(o, want, rtol=1e-6)
-    assert_close(place.get(state.read(slots)), pool, rtol=5e-7)
+    assert_close(place.get(state.read(slots)), pool, rtol=1e-6)
 
 
 @pytest.mark.parametrize("T", [1, 5, CAPACITY])
