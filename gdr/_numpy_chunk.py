@@ -21,16 +21,16 @@ alone, with BLAS on one thread.  A sequence's result is therefore the same in ev
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
 from functools import lru_cache
-from typing import Any, NamedTuple, TypeVar
+from typing import NamedTuple
 
 import numpy as np
 
 from gdr import _threads
 from gdr._inputs import Call, Spec
 from gdr._numpy_gate import gates
+from gdr._numpy_scratch import Scratch, scratch_of_its_own
 from gdr._rows import Piece, Row, live_rows, pieces_of
 
 L2_EPS = 1e-6
@@ -42,9 +42,6 @@ INVERSE_BASE = 16
 # Scratch of a job, in bytes: enough tiles to amortise NumPy's calls, few enough to stay in the caches.
 JOB_BYTES = 4 << 20
 MAX_CHUNKS_PER_GROUP = 8
-# Scratch that is kept for each thread, and arrays made of it that it remembers.
-KEPT_BYTES = 32 << 20
-MAX_MADE = 64
 # Multiplications up to which OpenBLAS's kernels for AVX-512 multiply matrices where they are, at their best speed; the
 # library's own bound is about twice as high.
 SMALL_PRODUCT = 1 << 19
@@ -54,9 +51,6 @@ THREADING_THRESHOLD = 10_000_000
 BLAS_THREADING_THRESHOLD = 100_000
 # exp of less is 0: such a token forgets everything, as g = -inf does.
 FORGETS_ALL = {"float32": -104.0, "float64": -746.0}
-
-
-Made = TypeVar("Made")
 
 
 class _Job(NamedTuple):
@@ -76,7 +70,7 @@ class _Job(NamedTuple):
 class _Tiles:
     """The arrays of m chunks of S sequences; axes: sequence, chunk, key head, (value head,) ..."""
 
-    def __init__(self, scratch: _Scratch, S: int, m: int, n: int, r: int, C: int, K: int, V: int, dtype: np.dtype):
+    def __init__(self, scratch: Scratch, S: int, m: int, n: int, r: int, C: int, K: int, V: int, dtype: np.dtype):
         take = scratch.take
         self.x = take("keys_queries", (S, m, n, 2, C, K), dtype)
         self.values = take("values", (S, m, n, r, C, V), dtype)  # replaced by the outputs
@@ -101,60 +95,13 @@ class _Tiles:
 class _States:
     """The states of S sequences and what a chunk computes with them; axes: sequence, key head, value head, ..."""
 
-    def __init__(self, scratch: _Scratch, S: int, n: int, r: int, C: int, K: int, V: int, dtype: np.dtype):
+    def __init__(self, scratch: Scratch, S: int, n: int, r: int, C: int, K: int, V: int, dtype: np.dtype):
         take = scratch.take
         self.h = take("h", (S, n, r, K, V), dtype)
         self.read = take("read", (S, n, r, 2 * C, V), dtype)
         self.both = self.read.reshape(S, n, r, 2, C, V)
         self.u = take("u", (S, n, r, C, V), dtype)
         self.written = take("written", self.h.shape, dtype)
-
-
-class _Scratch:
-    """Named buffers that grow to the largest request and are used again, and the arrays made of them."""
-
-    def __init__(self) -> None:
-        self.nbytes = 0
-        self._buffers: dict[tuple[str, np.dtype], np.ndarray] = {}
-        self._made: dict[tuple, Any] = {}
-
-    def take(self, name: str, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
-        """An uninitialised contiguous array; the last one taken under this name becomes invalid."""
-        size = math.prod(shape)
-        buffer = self._buffers.get((name, dtype))
-        if buffer is None or buffer.size < size:
-            self.nbytes += (size - (buffer.size if buffer is not None else 0)) * dtype.itemsize
-            buffer = self._buffers[name, dtype] = np.empty(size, dtype)
-            self._made.clear()
-        return buffer[:size].reshape(shape)
-
-    def make(self, kind: Callable[..., Made], *sizes: Any) -> Made:
-        """``kind(self, *sizes)``, the one of the last time where its buffers are still the same."""
-        key = kind, sizes
-        made = self._made.get(key)
-        if made is None:
-            made = kind(self, *sizes)
-            if len(self._made) >= MAX_MADE:
-                self._made.clear()
-            self._made[key] = made
-        return made
-
-
-# Fresh memory costs a page fault every 4 KiB, as much time as a short call needs for its arithmetic: scratch is kept
-# for the next call, what was used last, and is so in the cache, first.
-_kept: list[_Scratch] = []
-
-
-@contextmanager
-def _scratch() -> Iterator[_Scratch]:
-    """Scratch of the caller's own."""
-    try:
-        scratch = _kept.pop()
-    except IndexError:
-        scratch = _Scratch()
-    yield scratch
-    if scratch.nbytes <= KEPT_BYTES and len(_kept) <= _threads.thread_count():
-        _kept.append(scratch)
 
 
 def run(call: Call) -> None:
@@ -172,7 +119,7 @@ def run(call: Call) -> None:
     g, beta = gates(call) if spec.gates == "raw" else (call.g, call.beta)
 
     def work(jobs: Iterator[_Job]) -> None:
-        with _scratch() as scratch, np.errstate(all="ignore"):
+        with scratch_of_its_own() as scratch, np.errstate(all="ignore"):
             for job in jobs:
                 _run_job(call, g, beta, job, scratch)
 
@@ -236,7 +183,7 @@ def _tile_bytes(spec: Spec, C: int) -> int:
     return elements * np.dtype(spec.compute).itemsize
 
 
-def _run_job(call: Call, g: np.ndarray, beta: np.ndarray, job: _Job, scratch: _Scratch) -> None:
+def _run_job(call: Call, g: np.ndarray, beta: np.ndarray, job: _Job, scratch: Scratch) -> None:
     spec = call.spec
     sizes = job.heads, spec.HV // spec.H, job.tile, spec.K, spec.V, np.dtype(spec.compute)
     chunks = [len(_chunks(row, job.tokens)) for row in job.rows]
@@ -290,7 +237,7 @@ def _prepare(
     tiles: _Tiles,
     first: int,
     last: int,
-    scratch: _Scratch,
+    scratch: Scratch,
 ) -> None:
     """Gather the chunks [first, last) of the active sequences and compute all that needs no state."""
     spec = call.spec
@@ -383,7 +330,7 @@ def _identity(n: int, dtype: np.dtype) -> np.ndarray:
     return identity
 
 
-def _invert_unit_lower(A: np.ndarray, T: np.ndarray, scratch: _Scratch) -> None:
+def _invert_unit_lower(A: np.ndarray, T: np.ndarray, scratch: Scratch) -> None:
     """``T = (I + strictly lower part of A)^-1`` for matrices ``[N, C, C]``; C is a power of two.
 
     `A` is overwritten.  Substitution row by row inside the diagonal blocks, then doubling: ``T21 = -T22 A21 T11``.

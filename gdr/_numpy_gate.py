@@ -28,8 +28,8 @@ def gates(call: Call) -> tuple[np.ndarray, np.ndarray]:
     softplus_beta, threshold = call.softplus_beta, call.softplus_threshold
     with np.errstate(all="ignore"):  # exp overflows to inf, whose reciprocal is the right limit; NaN goes through
         np.exp(beta, out=beta)
-        beta += 1
-        np.divide(1, beta, out=beta)
+        beta += dtype.type(1)
+        np.reciprocal(beta, out=beta)
         scaled = g if softplus_beta == 1 else g * dtype.type(softplus_beta)
         softplus = np.logaddexp(dtype.type(0), scaled)
         if softplus_beta != 1:

@@ -20,6 +20,7 @@ import numpy as np
 from gdr import _threads
 from gdr._inputs import Call
 from gdr._numpy_gate import gates
+from gdr._numpy_scratch import Scratch, scratch_of_its_own
 from gdr._numpy_states import (
     Block,
     Shape,
@@ -72,9 +73,9 @@ def run(call: Call) -> None:
     blocks = blocks_of(spec, slots, slots, ring.pending.fill[slots], heads)
 
     def work(blocks: Iterator[Block]) -> None:
-        with np.errstate(all="ignore"):
+        with scratch_of_its_own() as scratch, np.errstate(all="ignore"):
             for block in blocks:
-                _step(tokens, states, ring.pending, block, spec)
+                _step(tokens, states, ring.pending, block, spec, scratch)
 
     for_each(work, blocks, live.size, spec)
     # Until here nothing has changed that a step of these slots would not overwrite.
@@ -129,7 +130,7 @@ def _live(call: Call) -> tuple[np.ndarray, np.ndarray]:
     return call.initial_slots[live], live
 
 
-def _step(tokens: _Tokens, states: np.ndarray, pending: Entries, block: Block, spec: Shape) -> None:
+def _step(tokens: _Tokens, states: np.ndarray, pending: Entries, block: Block, spec: Shape, scratch: Scratch) -> None:
     """One token of a block of slots, from their states and their pending tokens."""
     kq = tokens.keys_queries[block.rows, block.heads]
     n, heads = kq.shape[:2]
@@ -137,7 +138,7 @@ def _step(tokens: _Tokens, states: np.ndarray, pending: Entries, block: Block, s
     value_heads = _value_heads(block, states)
     decays = pending.decays[block.read, value_heads].reshape(n, heads, states.shape[2], -1)
     decays = (decays * tokens.decays[block.rows, block.heads, :, None]).astype(kq.dtype, copy=False)
-    reads = products(kq, states_of(states, block.read, block.heads, kq.dtype, spec))
+    reads = products(kq, states_of(states, block.read, block.heads, kq.dtype, spec, scratch))
     reads *= decays[..., 0, None, None]
     if count:
         reads += _read_entries(kq, pending, block, decays)
@@ -259,9 +260,9 @@ def write(
     states = by_key_head(pool, spec)
 
     def work(blocks: Iterator[Block]) -> None:
-        with np.errstate(all="ignore"):
+        with scratch_of_its_own() as scratch, np.errstate(all="ignore"):
             for block in blocks:
-                _write_block(states, entries, block, ring.dtype, spec)
+                _write_block(states, entries, block, ring.dtype, spec, scratch)
                 if written is not None:
                     written.neutralise(block.write, _value_heads(block, states))
 
@@ -269,19 +270,23 @@ def write(
     for_each(work, blocks, rows.size, spec)
 
 
-def _write_block(states: np.ndarray, entries: Entries, block: Block, dtype: np.dtype, spec: Shape) -> None:
+def _write_block(
+    states: np.ndarray, entries: Entries, block: Block, dtype: np.dtype, spec: Shape, scratch: Scratch
+) -> None:
     n = block.pending
     value_heads = _value_heads(block, states)
-    h = states_of(states, block.write, block.heads, dtype, spec)
+    h = states_of(states, block.write, block.heads, dtype, spec, scratch)
     keys = entries.keys[block.read, block.heads, None, :n]
     decays = entries.decays[block.read, value_heads].reshape(*h.shape[:3], -1, 1).astype(dtype)
     updates = entries.updates[block.read, value_heads, :n].reshape(*h.shape[:3], n, -1)
-    written = np.matmul(keys.swapaxes(-1, -2), updates * decays[..., 1 : 1 + n, :])
+    written = scratch.take("written", h.shape, dtype)
+    np.matmul(keys.swapaxes(-1, -2), updates * decays[..., 1 : 1 + n, :], out=written)
     if is_view(states, block._replace(read=block.write), dtype):
         h *= decays[..., :1, :]
         h += written
     else:
-        written += h * decays[..., :1, :]
+        h *= decays[..., :1, :]  # a copy
+        written += h
         put_states(states, block.write, block.heads, written, spec)
 
 
@@ -346,7 +351,7 @@ def _keys_queries(call: Call, rows: np.ndarray) -> np.ndarray:
             weights = np.matmul(kq[..., None, :], kq[..., None])[..., 0]
             weights += dtype.type(L2_EPS)
             np.sqrt(weights, out=weights)
-            np.divide(1, weights, out=weights)
+            np.reciprocal(weights, out=weights)
             weights[:, :, T:] *= dtype.type(call.scale)
             kq *= weights
         else:

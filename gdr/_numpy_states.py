@@ -9,13 +9,14 @@ from typing import NamedTuple, Protocol
 import numpy as np
 
 from gdr import _threads
-from gdr._numpy_casts import store, widen
+from gdr._numpy_casts import widen
+from gdr._numpy_scratch import Scratch
 from gdr._ring import Slots
 
 # Sequences with larger states are taken where they are, neighbouring slots together; smaller ones are gathered.
 GATHER_BYTES = 1 << 17
 # States that are updated in one go: they should stay in the cache from the read to the write.
-UPDATE_BYTES = 1 << 19
+UPDATE_BYTES = 1 << 20
 # Below this much state a second thread costs more than it brings.
 THREADING_BYTES = 4 << 20
 # BLAS libraries may split products of more multiplications than this over threads.
@@ -56,21 +57,19 @@ def by_key_head(states: np.ndarray, spec: Shape) -> np.ndarray:
     return states.reshape(len(states), spec.H, -1, *states.shape[2:])
 
 
-def states_of(states: np.ndarray, slots: Slots, heads: slice, dtype: np.dtype, spec: Shape) -> np.ndarray:
+def states_of(
+    states: np.ndarray, slots: Slots, heads: slice, dtype: np.dtype, spec: Shape, scratch: Scratch | None = None
+) -> np.ndarray:
     """Some states as ``[n, H, r, K, V]`` of `dtype`: a view where each head's is one block of memory, else a copy."""
     h = states[slots, heads]
     if h.dtype != dtype or not _has_dense_heads(h):
-        h = widen(h, dtype)
+        h = widen(h, dtype, None if scratch is None else scratch.take("states", h.shape, dtype))
     return h if spec.layout == "kv" else h.swapaxes(-1, -2)
 
 
 def put_states(states: np.ndarray, slots: Slots, heads: slice, h: np.ndarray, spec: Shape) -> None:
     """Store some states ``[n, H, r, K, V]``."""
-    h = h if spec.layout == "kv" else h.swapaxes(-1, -2)
-    if isinstance(slots, slice):
-        store(states[slots, heads], h)
-    else:
-        states[slots, heads] = h
+    states[slots, heads] = h if spec.layout == "kv" else h.swapaxes(-1, -2)
 
 
 def _has_dense_heads(states: np.ndarray) -> bool:

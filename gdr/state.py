@@ -666,10 +666,14 @@ class DeltaRuleState:
 
     def _place(self, x: np.ndarray) -> Any:
         """`x` on the pool's device."""
+        if self.device == "cpu":
+            return x
         with self._here():
             return self._xp.asarray(x)
 
     def _on_device(self, slots: Any) -> bool:
+        if type(slots) is np.ndarray:
+            return False
         library = _arrays.library_of(slots)
         return self.device != "cpu" and library is not None and library.meta(slots).device != "cpu"
 
@@ -690,13 +694,14 @@ class DeltaRuleState:
         return self._place(host)
 
     def _host_slots(self, slots: Any, *, padding: bool, unique: bool = True) -> np.ndarray:
-        library = _arrays.library_of(slots)
-        if library is not None and library.meta(slots).device != "cpu":
-            if self.device == "cpu":
-                raise TypeError("slots: expected an array on the host, got one on a CUDA device")
-            slots = library.to_host(slots)
-        elif library is not None:
-            slots = library.adopt(slots)
+        if type(slots) is not np.ndarray:
+            library = _arrays.library_of(slots)
+            if library is not None and library.meta(slots).device != "cpu":
+                if self.device == "cpu":
+                    raise TypeError("slots: expected an array on the host, got one on a CUDA device")
+                slots = library.to_host(slots)
+            elif library is not None:
+                slots = library.adopt(slots)
         host = np.atleast_1d(np.asarray(slots))
         if host.size == 0:
             return host.astype(np.int32).reshape(0)
