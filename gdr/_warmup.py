@@ -18,7 +18,7 @@ from gdr import _cuda_loader
 from gdr._arrays import FLOATS
 from gdr._spec import DEVICE_FLOATS, LAYOUTS, MAX_HEAD_DIM, Spec
 
-LAUNCHERS = ("fused_recurrent", "chunk", "gate")
+LAUNCHERS = ("fused_recurrent", "chunk", "gate", "ring")
 Specialization = tuple[str, dict[str, Any]]
 
 
@@ -160,6 +160,7 @@ def pool_specs(
         yield make_spec("fused_recurrent", B=N, T=1, **shape, **pool)
         yield make_spec("fused_recurrent", B=N, T=4, **shape, **pool)
         yield make_spec("fused_recurrent", B=1, T=4 * N, sequences=N, **shape, **pool)
+        yield make_spec("ring", B=N, T=1, **shape, **pool)
     for T in doubling(max_tokens):
         if T >= 64:
             yield make_spec("chunk", B=1, T=T, **shape, **pool)

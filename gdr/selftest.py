@@ -212,6 +212,7 @@ def _cases(place: Place, quick: bool, seed: int) -> Iterator[Case]:
         yield case("chunk", "packed", {"lengths": [200, 1, 0, 64, 65], **square, **types})
         yield case("chunk", "long", {"B": 1, "T": 300 if quick else 700, **square, **types})
         yield case("pool", "step and prefill", {"lengths": [100, 40], **square, **types})
+        yield case("ring", "steps and drafts", {"B": 2, "T": 17, **square, **types})
         # A GPU has kernels of their own for small and for large batches.
         for op, name, T in (("update", "decode", 1), ("update", "several tokens", 2), ("chunk", "short", 20)):
             for B in _batches(place, op, most, T=T, **square, **types):
@@ -472,6 +473,60 @@ def _gate(case: Case, place: Place, x: Any, result: Result) -> None:
         _compare(result, "output", array, want, LIMITS[array.dtype.name])
 
 
+def _ring(case: Case, place: Place, x: Any, result: Result) -> None:
+    """Steps of two sequences with deferred write-back, then drafts of which some are committed, and one more step."""
+    import numpy as np
+
+    import gdr
+    from gdr import reference
+    from gdr.testing import to_numpy
+
+    layout, T = case.inputs["layout"], case.inputs["T"]
+    H, HV, K, V = (int(case.inputs[name]) for name in ("H", "HV", "K", "V"))
+    state = gdr.DeltaRuleState(
+        len(x.state),
+        HV,
+        K,
+        V,
+        num_k_heads=H,
+        A_log=place.put(x.A_log),
+        dt_bias=place.put(x.dt_bias),
+        dtype=x.state.dtype.name,
+        layout=layout,
+        device="cpu" if place.ordinal is None else f"cuda:{place.ordinal}",
+        ring=5,
+    )
+    slots = state.alloc(2)
+    state.write(slots, place.put(x.state[:2]))
+
+    def tokens(first: int, last: int) -> dict[str, Any]:
+        return {name: place.put(np.ascontiguousarray(getattr(x, name)[:, first:last])) for name in "qkvab"}
+
+    steps, drafts = T - 5, 4
+    outputs = [to_numpy(state.step(**tokens(t, t + 1), slots=slots)) for t in range(steps)]
+    outputs.append(to_numpy(state.verify(**tokens(steps, steps + drafts), slots=slots)))
+    state.commit(slots, np.array([drafts, 1]))
+    after = to_numpy(state.step(**tokens(T - 1, T), slots=slots))
+    head = (x.A_log, x.a, x.dt_bias, 1.0, 20.0, x.q, x.k, x.v, x.b)
+    options: dict[str, Any] = {"use_qk_l2norm_in_kernel": True, "state_layout": layout}
+    want_o, _ = reference.fused_sigmoid_gating_delta_rule_update(*head, x.state, np.arange(2), **options)
+    limit, state_limit = _limits(case, place, x.v.dtype.name, x.state.dtype.name)
+    # States and updates of 16 bits are rounded under way, which the outputs see.
+    limit = limit if x.state.dtype.itemsize > 2 else max(limit, 4 * state_limit)
+    _compare(result, "output", np.concatenate(outputs, axis=1), want_o[:, : T - 1], limit)
+    for n, kept in enumerate((drafts, 1)):
+        path = [*range(steps + kept), T - 1]
+        a, q, k, v, b = (getattr(x, name)[n : n + 1, path] for name in "aqkvb")
+        head = (x.A_log, a, x.dt_bias, 1.0, 20.0, q, k, v, b)
+        want_o, want = reference.fused_sigmoid_gating_delta_rule_update(
+            *head, x.state[n : n + 1], np.zeros(1, int), **options
+        )
+        assert want is not None
+        _compare(result, "output", after[n : n + 1], want_o[:, -1:], limit)
+        error_limit = state_limit if x.state.dtype.itemsize > 2 else 4 * state_limit
+        _compare(result, "state", to_numpy(state.read(slots[n : n + 1])), want, error_limit)
+
+
 def _pool(case: Case, place: Place, x: Any, result: Result) -> None:
     """A prompt of two sequences through `prefill`, then one token of each through `step`."""
     import numpy as np
@@ -529,6 +584,7 @@ _OPERATIONS: dict[str, Callable[[Case, Place, Any, Result], None]] = {
     "chunk": _given,
     "gate": _gate,
     "pool": _pool,
+    "ring": _ring,
 }
 
 _TITLES = {
@@ -537,6 +593,7 @@ _TITLES = {
     "chunk": "chunk_gated_delta_rule",
     "gate": "gated_delta_rule_gate",
     "pool": "DeltaRuleState",
+    "ring": "DeltaRuleState, ring=",
 }
 
 

@@ -446,7 +446,9 @@ class DeltaRuleState:
         elif isinstance(accepted, np.ndarray):
             accepted = self._place(accepted)
         if accepted.ndim == 2:
-            accepted = 1 + accepted.max(axis=1, initial=-1)  # a draft comes after those that it follows
+            # A draft comes after those that it follows; CuPy's max has no `initial`.
+            accepted = self._xp.asarray(accepted)
+            accepted = 1 + accepted.max(axis=1) if accepted.shape[1] else accepted.sum(axis=1)
         if self._ring is not None:
             self._on_ring("commit", slots, accepted)
 

@@ -25,7 +25,7 @@ CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 
 def test_one_module_a_stem():
     modules = {path.stem for path in (BENCH / "benchmarks").glob("*.py")} - {"__init__", "common"}
-    assert modules == {"chunk", "fused_recurrent", "gate", "import_", "jit", "state"}
+    assert modules == {"chunk", "fused_recurrent", "gate", "import_", "jit", "ring", "state"}
 
 
 def test_configuration_is_of_this_repository():

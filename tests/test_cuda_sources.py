@@ -83,13 +83,30 @@ def chunk_specs() -> Iterator[Spec]:
             yield warmup.make_spec("chunk", H=2, HV=4, K=K, V=V, **length)
 
 
+def ring_specs(types: Iterable[tuple[str, str]]) -> Iterator[Spec]:
+    """Steps and drafts of pools with a ring: dtypes, layouts, batches and numbers of drafts, then other sizes."""
+    square = {"H": 16, "HV": 32, "K": 128, "V": 128}
+    for (dtype, state), layout, T in product(types, ("kv", "vk"), (1, 2, 8, 16)):
+        for B in (1, 8, 256):
+            yield warmup.make_spec("ring", B=B, T=T, dtype=dtype, state_dtype=state, layout=layout, **square)
+    for layout in ("kv", "vk"):
+        yield warmup.make_spec("ring", B=1, T=1, layout=layout, l2norm=False, pad=3, **square)
+
+
+def other_ring_specs() -> Iterator[Spec]:
+    sizes = ((64, 64), (256, 256), (192, 128), (96, 80), (100, 60), (1, 1))
+    for (K, V), layout, state, B in product(sizes, ("kv", "vk"), ("float32", "bfloat16"), (1, 256)):
+        yield warmup.make_spec("ring", B=B, T=1, H=2, HV=4, K=K, V=V, layout=layout, state_dtype=state)
+
+
 def jobs(specs: Iterable[Spec], arch: int) -> list[Job]:
     """The different kernels that calls choose on a GPU."""
     return list(dict(warmup.specializations(list(specs), loader.Gpu(arch, 132, SHARED[arch]))).values())
 
 
 def all_specs() -> list[Spec]:
-    return [*recurrent_specs(), *chunk_specs(), warmup.make_spec("gate", B=1, T=1, H=1, HV=1, K=1, V=1)]
+    rings = [*ring_specs(product(DTYPES, DTYPES)), *other_ring_specs()]
+    return [*recurrent_specs(), *chunk_specs(), *rings, warmup.make_spec("gate", B=1, T=1, H=1, HV=1, K=1, V=1)]
 
 
 def covering(wanted: list[Job]) -> list[Job]:
@@ -138,7 +155,8 @@ def test_kernels_compile_for(arch: int) -> None:
 
 def test_kernels_of_the_recurrence_do_not_spill_on_sm_90() -> None:
     types = (("bfloat16", "float32"), ("bfloat16", "bfloat16"), ("float32", "float32"), ("float16", "float16"))
-    check_spills(nvrtc.compile_all((*job, 90) for job in jobs(square_specs(types), 90)))
+    specs = [*square_specs(types), *ring_specs(types)]
+    check_spills(nvrtc.compile_all((*job, 90) for job in jobs(specs, 90)))
 
 
 def check_spills(compiled: list[nvrtc.Compiled]) -> None:

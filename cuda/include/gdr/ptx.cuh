@@ -81,6 +81,26 @@ __device__ __forceinline__ u32 load2(const void* from) {
     return x;
 }
 
+// Copies 16 bytes to shared memory, or zeros where nothing exists; nothing waits for them before wait_copies (and
+// GPUs that have no such copies wait at once).
+__device__ __forceinline__ void copy16(void* to, const void* from, bool exists) {
+#if __CUDA_ARCH__ >= 800
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(static_cast<u32>(__cvta_generic_to_shared(to))),
+                 "l"(from), "r"(exists ? 16 : 0)
+                 : "memory");
+#else
+    u32 x[4] = {0, 0, 0, 0};
+    if (exists) load16(from, x);
+    *reinterpret_cast<uint4*>(to) = make_uint4(x[0], x[1], x[2], x[3]);
+#endif
+}
+
+__device__ __forceinline__ void wait_copies() {
+#if __CUDA_ARCH__ >= 800
+    asm volatile("cp.async.wait_all;" ::: "memory");
+#endif
+}
+
 // Makes a register's value unknown to the compiler, which then converts it again where it is used rather than keep
 // the converted values alive.
 __device__ __forceinline__ void forget(u32& x) { asm volatile("" : "+r"(x)); }
