@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
 import re
 import subprocess
@@ -106,6 +107,14 @@ def test_reference_has_every_public_name():
     )
     for name in gdr.__all__:
         assert re.search(rf"\b{name}\b", text), name
+
+
+def test_data_say_where_when_and_with_what_they_were_measured():
+    files = sorted((DOCS / "data").glob("*.json"))
+    assert files
+    for path in files:
+        missing = {"device", "date", "versions", "command"} - json.loads(path.read_text(encoding="utf-8")).keys()
+        assert not missing, f"{path.name}: no {', '.join(missing)}"
 
 
 def test_links_within_the_documentation():
