@@ -412,6 +412,139 @@ def test_refused_or_right(host, operation):
     search(operation, range(FIRST_SEED, FIRST_SEED + CALLS))
 
 
+def random_pool(rng):
+    """A pool of float32 to 16 bits with a few tokens pending, and slots of some sequences in it."""
+    H, group = int(rng.integers(1, 3)), int(rng.integers(1, 3))
+    sizes = {"H": H, "HV": H * group, "K": int(rng.choice([1, 3, 8])), "V": int(rng.choice([1, 5, 8]))}
+    dtype = str(rng.choice(["float32", "float32", "float16", "bfloat16", "float64"]))
+    x = make_inputs(B=5, T=1, num_slots=5, gates="slow", seed=int(rng.integers(1 << 30)), **sizes)
+    state = gdr.DeltaRuleState(
+        6,
+        sizes["HV"],
+        sizes["K"],
+        sizes["V"],
+        num_k_heads=H,
+        A_log=x.A_log,
+        dt_bias=x.dt_bias,
+        dtype=dtype,
+        layout=str(rng.choice(["kv", "vk"])),
+        ring=[None, 0, 1, 3, 16][rng.integers(5)],
+        stagger=bool(rng.random() < 0.5),
+    )
+    slots = state.alloc(5)
+    for _ in range(rng.integers(0, 4)):
+        some = np.flatnonzero(rng.random(5) < 0.7)
+        state.step(*(y[some] for y in (x.q, x.k, x.v, x.a, x.b)), slots[some])
+    return state, rng.permutation(slots), sizes
+
+
+def path_to(parents, t):
+    path = []
+    while t >= 0:
+        path.insert(0, int(t))
+        t = parents[t]
+    return path
+
+
+def states_along(state, h, call, n, path):
+    """Output of the last of some drafts of sequence n, and the state after them, by the reference."""
+    q, k, v = (np.asarray(call[name], np.float64) for name in "qkv")
+    a, b = (np.asarray(call[name], np.float64).reshape(v.shape[:3]) for name in "ab")
+    a, q, k, v, b = (y[n : n + 1, path] for y in (a, q, k, v, b))
+    with np.errstate(all="ignore"):
+        o, h = reference.fused_sigmoid_gating_delta_rule_update(
+            state.A_log, a, state.dt_bias, 1.0, 20.0, q, k, v, b, h.astype(np.float64), np.zeros(1, int),
+            use_qk_l2norm_in_kernel=True, state_layout=state.layout,
+        )  # fmt: skip
+    return o[0, -1], h
+
+
+def run_drafts(seed):
+    """`verify` and `commit`, one of them malformed or none; returns whether one was refused."""
+    rng = np.random.default_rng(seed)
+    state, slots, sizes = random_pool(rng)
+    memory = Memory()
+    N, T = int(rng.integers(0, 4)), int(rng.integers(1, 6))
+    x = make_inputs(B=N, T=T, dtype=np.dtype(DTYPES[rng.integers(4)]).name, seed=seed, gates="slow", **sizes)
+    call = {name: getattr(x, name) for name in ("q", "k", "v", "a", "b")} | {"slots": slots[:N].astype(np.int64)}
+    if N and rng.random() < 0.3:
+        call["slots"][rng.integers(N)] = -1
+    if rng.random() < 0.6:
+        call["parents"] = rng.integers(-1, np.arange(T), size=(N, T))
+    if rng.random() < 0.3:
+        call["out"] = memory.guarded(np.full_like(x.v, np.nan), rng)
+    if rng.random() < 0.6:
+        mutate(call, state.verify, rng)
+    before, blocks = state.read(slots), [block.copy() for block, _ in memory.blocks]
+    try:
+        o = state.verify(**call)
+    except REFUSALS:
+        assert_same_bits(state.read(slots), before, "states after a refusal")
+        for (block, _), was in zip(memory.blocks, blocks, strict=True):
+            assert_same_bits(block, was, "memory after a refusal")
+        return True
+    assert_same_bits(state.read(slots), before, "states after verify")
+    rows = np.asarray(call["slots"]).reshape(-1)
+    T = o.shape[1]
+    parents = (
+        np.tile(np.arange(-1, T - 1), (len(rows), 1)) if call.get("parents") is None else np.asarray(call["parents"])
+    )
+    rtol = 5 * max(RTOL_CHUNK[o.dtype.name], RTOL_CHUNK[state.dtype])
+    for n, slot in enumerate(rows):
+        for t in range(T):
+            want = 0 * o[n, t].astype(np.float64)
+            if slot >= 0:
+                want, _ = states_along(state, state.read([slot]), call, n, path_to(parents[n], t))
+            assert_near(o[n, t], want, rtol, f"o of draft {t} of row {n}")
+
+    ends = rng.integers(-1, T, size=len(rows))
+    paths = [path_to(parents[n], end) for n, end in enumerate(ends)]
+    accepted = 1 + ends
+    if rng.random() < 0.5:
+        accepted = np.full((len(rows), T), -1)
+        for row, path in zip(accepted, paths):
+            row[: len(path)] = path
+    commit = {"slots": rows.copy(), "accepted": accepted}
+    if rng.random() < 0.6:
+        mutate(commit, state.commit, rng)
+    try:
+        state.commit(**commit)
+    except REFUSALS:
+        assert_same_bits(state.read(slots), before, "states after a refusal")
+        state.commit(rows, accepted)  # the drafts are there still
+        refused = True
+    else:
+        refused = False
+        # What was committed instead, if anything else was.
+        order = {int(slot): n for n, slot in enumerate(rows) if slot >= 0}
+        taken = dict.fromkeys(order, -1)
+        for slot, row in zip(np.asarray(commit["slots"]).reshape(-1), np.asarray(commit["accepted"])):
+            if slot >= 0:
+                taken[int(slot)] = int(np.max(row, initial=-1) if np.ndim(row) else row - 1)
+        paths = [path_to(parents[n], taken[int(slot)]) if slot >= 0 else [] for n, slot in enumerate(rows)]
+    for n, slot in enumerate(rows):
+        if slot >= 0 and paths[n]:
+            at = int(np.flatnonzero(slots == slot)[0])
+            _, want = states_along(state, before[at : at + 1], call, n, paths[n])
+            assert_near(state.read([slot]), want, rtol, f"state of row {n}")
+    others = ~np.isin(slots, rows)
+    assert_same_bits(state.read(slots[others]), before[others], "states of others")
+    return refused
+
+
+def test_drafts_are_refused_or_right(host):
+    calls = max(20, CALLS // 8)
+    refused = 0
+    for seed in range(FIRST_SEED, FIRST_SEED + calls):
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("error")
+                refused += run_drafts(seed)
+        except Exception as error:
+            raise AssertionError(f"seed {seed}: {type(error).__name__}: {error}") from error
+    assert 0.2 * calls < refused < 0.9 * calls
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("operation", OPERATIONS)
 def test_refused_or_right_on_a_device(operation):
