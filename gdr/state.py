@@ -71,8 +71,8 @@ class DeltaRuleState:
 
     Notes
     -----
-    Pending tokens, and the drafts of `verify`, are kept in float32 on the host (float64 for a float64 state).
-    Everything that reads a state sees it with its pending tokens.
+    Pending tokens, and the drafts of `verify`, are kept in float32 on the host (float64 for a float64 state), and in
+    the pool's dtype on a GPU, where `ring` is at most 32.  Everything that reads a state sees its pending tokens.
 
     The drafts of a slot are dropped by `commit` and `rollback`, by another `verify`, and by whatever writes the slot:
     `step`, `prefill`, `write`, `reset`, `free`, `flush` and `pool`.  `read`, `fork`, `save` and `to` see the state
