@@ -406,12 +406,12 @@ extern "C" __global__ void __launch_bounds__(kBlockThreads, 1) chunk_state_sm90(
     publish_to_engines();
     __syncthreads();
     if (warp >= kWarps) {
-        if constexpr (kTwo) asm volatile("setmaxnreg.dec.sync.aligned.u32 40;");
+        if constexpr (kTwo) keep_registers<40>();
         if (storer == -2) bring_tiles(p, work, sm);
         else if (storer == -1) bring_values(work, sm);
         else if (!kCompose && storer < kStorers) store_outputs(work, sm, storer);
     } else {
-        if constexpr (kTwo) asm volatile("setmaxnreg.inc.sync.aligned.u32 232;");
+        if constexpr (kTwo) take_registers<232>();
         const int column = work.first_column + warp * 16;
         State S;
         load_state(p, work, S, column, 0);

@@ -1,0 +1,120 @@
+"""Runs the CUDA kernels on the host: a C++ compiler instead of a GPU.
+
+`emulator/cuda.h` has threads as fibers, `emulator/gdr` the headers of inline PTX in plain C++; all else is compiled as
+it stands.  Asynchronous work is done at once, so what this cannot find is a wait that is missing.
+
+`DeviceArray` stands for an array on a GPU, so that whole calls run: checked, described, planned and launched as ever.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import re
+import shutil
+import subprocess
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from gdr import _arrays, _inputs
+from gdr import _cuda_chunk as cuda_chunk
+from gdr import _cuda_loader as loader
+from gdr.testing import Inputs
+
+HERE = Path(__file__).resolve().parent / "emulator"
+COMPILER = shutil.which("g++")
+
+
+class DeviceArray(np.ndarray):
+    """An array that counts as one on CUDA device 0."""
+
+
+def on_device(x: np.ndarray | None) -> DeviceArray | None:
+    return None if x is None else x.view(DeviceArray)
+
+
+def to_device(x: Inputs) -> Inputs:
+    """A copy of inputs whose arrays are `DeviceArray`s; strides stay."""
+    copy = x.to("numpy")
+    for name, value in vars(copy).items():
+        if isinstance(value, np.ndarray):
+            setattr(copy, name, on_device(value))
+    return copy
+
+
+class _DeviceArrays(_arrays.NumpyArrays):
+    name = "emulated"
+
+    def meta(self, x: Any) -> _arrays.Meta:
+        return super().meta(x)._replace(device=0)
+
+    def empty(self, shape: tuple[int, ...], dtype: str, device: str | int) -> Any:
+        memory = np.full(int(np.prod(shape)) * _arrays.numpy_dtype(dtype).itemsize + 1024, 0xFF, np.uint8)  # NaN
+        start = -memory.ctypes.data % 1024
+        size = memory.size - 1024
+        return memory[start : start + size].view(_arrays.numpy_dtype(dtype)).reshape(shape).view(DeviceArray)
+
+    def stream(self, device: int) -> int:
+        return 0
+
+    def to_host(self, x: Any) -> np.ndarray:
+        return x.view(np.ndarray)
+
+
+class Kernel:
+    """A kernel compiled for the host; launched like the loader's."""
+
+    def __init__(self, stem: str, library: Any) -> None:
+        self.stem, self._library = stem, library
+
+    def launch(
+        self,
+        grid: tuple[int, int, int],
+        block: tuple[int, int, int],
+        params: loader.Params,
+        stream: int,
+        shared: int = 0,
+    ) -> None:
+        assert self._library.size_of_params() == params.size
+        assert 0 not in grid
+        assert self._library.run(params.buffer, *grid, block[0]) == 0, f"{self.stem}: threads wait for each other"
+
+
+@contextmanager
+def gpu(monkeypatch: pytest.MonkeyPatch, directory: Path, capability: int = 90) -> Iterator[None]:
+    """Let calls with `DeviceArray`s run on an emulated GPU of a compute capability."""
+    card = loader.Gpu(capability, 132, {80: 163 << 10, 90: 227 << 10}[capability])
+
+    def load(stem: str, defines: Mapping[str, loader.Define], device: int) -> Kernel:
+        return Kernel(stem, _build(stem, tuple(sorted(defines.items())), directory))
+
+    with monkeypatch.context() as patch:
+        patch.setitem(_arrays._by_type, DeviceArray, _DeviceArrays())
+        patch.setattr(loader, "load", load)
+        patch.setattr(loader, "describe_gpu", lambda device: card)
+        patch.setattr(cuda_chunk, "describe_gpu", lambda device: card)
+        patch.setattr(cuda_chunk, "_capturing", lambda stream: False)
+        _inputs._specs.clear()
+        yield
+    _inputs._specs.clear()
+
+
+@cache
+def _build(stem: str, defines: tuple[tuple[str, loader.Define], ...], directory: Path) -> Any:
+    source = loader.read_source(stem)
+    text = re.sub(r"extern __shared__ .*\n", "", loader.compose(source, dict(defines)))
+    tag = hashlib.sha256(text.encode()).hexdigest()[:16]
+    file, library = directory / f"{stem}_{tag}.cu", directory / f"{stem}_{tag}.so"
+    file.write_text(text)
+    assert COMPILER
+    options = ["-std=c++20", "-O2", "-w", "-shared", "-fPIC", f'-DSOURCE="{file}"', f"-DKERNEL={stem}"]
+    options += [f"-D__CUDA_ARCH__={10 * max(source.requires, 80)}"]
+    includes = [f"-I{HERE}", f"-I{loader.sources() / 'include'}"]
+    subprocess.run([COMPILER, *options, *includes, str(HERE / "kernel.cpp"), "-o", str(library)], check=True)
+    return ctypes.CDLL(str(library))

@@ -1,0 +1,138 @@
+// As much of CUDA C++ as the kernels use, for one block at a time on one thread of the host: each of its threads is a
+// fiber that runs until it waits for others.
+#pragma once
+
+#include <ucontext.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <vector>
+
+#define __device__
+#define __host__
+#define __global__
+#define __forceinline__ inline
+#define __launch_bounds__(...)
+#define __grid_constant__
+#define __align__(n) __attribute__((aligned(n)))
+#define __shared__ static  // blocks run one after another
+
+struct alignas(8) float2 {
+    float x, y;
+};
+struct alignas(16) float4 {
+    float x, y, z, w;
+};
+struct alignas(8) uint2 {
+    unsigned x, y;
+};
+struct alignas(16) uint4 {
+    unsigned x, y, z, w;
+};
+inline float2 make_float2(float x, float y) { return {x, y}; }
+inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
+inline uint2 make_uint2(unsigned x, unsigned y) { return {x, y}; }
+inline uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) { return {x, y, z, w}; }
+
+using std::max;
+using std::min;
+inline long long min(long long x, int y) { return x < y ? x : y; }
+inline long long max(long long x, int y) { return x > y ? x : y; }
+
+template <class To, class From>
+To same_bits(From x) {
+    static_assert(sizeof(To) == sizeof(From));
+    To y;
+    memcpy(&y, &x, sizeof y);
+    return y;
+}
+inline float __uint_as_float(unsigned x) { return same_bits<float>(x); }
+inline unsigned __float_as_uint(float x) { return same_bits<unsigned>(x); }
+inline float __int_as_float(int x) { return same_bits<float>(x); }
+inline float __fdividef(float x, float y) { return x / y; }
+inline float rsqrtf(float x) { return 1 / sqrtf(x); }
+inline int __clz(unsigned x) { return x ? __builtin_clz(x) : 32; }
+
+// ---- Threads.
+
+constexpr int kMostThreads = 1024, kSharedBytes = 227 << 10;
+alignas(1024) inline char shared[kSharedBytes];  // the dynamic shared memory
+
+struct Fiber {
+    ucontext_t context;
+    std::vector<char> stack;
+    bool done;
+};
+inline Fiber fibers[kMostThreads];
+inline ucontext_t scheduler;
+inline int current, threads, live;
+
+struct Index {
+    unsigned x, y, z;
+};
+inline Index blockIdx, gridDim, blockDim;
+inline struct {
+    struct {
+        operator unsigned() const { return current; }
+    } x;
+} threadIdx;
+
+inline void let_others() { swapcontext(&fibers[current].context, &scheduler); }
+
+struct Meeting {
+    int arrived = 0;
+    unsigned round = 0;
+
+    void wait(const int& count) {  // may fall while one waits: threads end
+        const unsigned mine = round;
+        ++arrived;
+        while (round == mine) {
+            if (arrived >= count) arrived = 0, ++round;
+            else let_others();
+        }
+    }
+};
+inline Meeting of_block, of_warps[kMostThreads / 32];
+inline void __syncthreads() { of_block.wait(live); }
+inline void __syncwarp(unsigned = ~0u) {
+    static const int count = 32;
+    of_warps[current / 32].wait(count);
+}
+inline void __threadfence_block() {}
+inline void __threadfence() {}
+
+// What the lanes of a warp show each other.
+template <class T>
+const T* show(const T& x) {
+    static T all[2][kMostThreads];
+    static unsigned char round[kMostThreads];
+    T* now = all[round[current] ^= 1];  // the other lanes may still read what was shown before
+    now[current] = x;
+    __syncwarp();
+    return now + current / 32 * 32;
+}
+template <class T>
+T __shfl_sync(unsigned, T x, int lane) {
+    return show(x)[lane % 32];
+}
+template <class T>
+T __shfl_xor_sync(unsigned, T x, int mask) {
+    return show(x)[current % 32 ^ mask];
+}
+template <class T>
+T __shfl_up_sync(unsigned, T x, int distance) {
+    return show(x)[max(current % 32 - distance, distance > current % 32 ? current % 32 : 0)];
+}
+inline unsigned __ballot_sync(unsigned, bool x) {
+    const bool* all = show(x);
+    unsigned votes = 0;
+    for (int i = 0; i < 32; ++i) votes |= static_cast<unsigned>(all[i]) << i;
+    return votes;
+}
+inline int __reduce_max_sync(unsigned, int x) {
+    const int* all = show(x);
+    return *std::max_element(all, all + 32);
+}

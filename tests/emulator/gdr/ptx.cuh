@@ -1,0 +1,47 @@
+// cuda/include/gdr/ptx.cuh for the host.
+#pragma once
+
+namespace gdr {
+
+using i64 = long long;
+using u16 = unsigned short;
+using u32 = unsigned int;
+
+namespace ptx {
+
+inline float half_to_float(u16 x) { return static_cast<float>(same_bits<_Float16>(x)); }
+inline u16 float_to_half(float x) { return same_bits<u16>(static_cast<_Float16>(x)); }
+inline u16 float_to_bfloat16(float x) {
+    const u32 bits = __float_as_uint(x);
+    return x != x ? 0x7fff : static_cast<u16>((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+}
+inline u32 floats_to_bfloat16s(float low, float high) {
+    return float_to_bfloat16(low) | u32{float_to_bfloat16(high)} << 16;
+}
+
+template <int kBytes>
+void copy(void* to, const void* from, const void* aligned) {
+    if (reinterpret_cast<size_t>(aligned) % kBytes) {
+        fprintf(stderr, "%d bytes at an address that is no multiple of that\n", kBytes);
+        abort();
+    }
+    memcpy(to, from, kBytes);
+}
+inline void load_streaming(const void* from, u32 (&x)[4]) { copy<16>(x, from, from); }
+inline void store_streaming(void* to, const u32 (&x)[4]) { copy<16>(to, x, to); }
+inline void load16(const void* from, u32* x) { copy<16>(x, from, from); }
+inline void load8(const void* from, u32* x) { copy<8>(x, from, from); }
+inline u32 load4(const void* from) {
+    u32 x;
+    copy<4>(&x, from, from);
+    return x;
+}
+inline u32 load2(const void* from) {
+    u16 x;
+    copy<2>(&x, from, from);
+    return x;
+}
+inline void forget(u32&) {}
+
+}  // namespace ptx
+}  // namespace gdr

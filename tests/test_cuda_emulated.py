@@ -1,0 +1,125 @@
+"""The CUDA kernels on an emulated GPU against the reference: they compute the right thing, whatever the machine."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from emulated import COMPILER, gpu, on_device, to_device
+from places import assert_same_bits, given
+
+import gdr
+from gdr import _cuda_chunk as cuda_chunk
+from gdr import reference
+from gdr.testing import Inputs, assert_close, make_inputs
+
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(COMPILER is None, reason="no g++")]
+
+RTOL_O = {"float32": 2e-6, "float16": 1e-3, "bfloat16": 2.5e-3}
+
+
+@pytest.fixture(scope="session")
+def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("emulated")
+
+
+@pytest.fixture(params=[80, 90])
+def capability(request: Any, monkeypatch: pytest.MonkeyPatch, directory: Path) -> Iterator[int]:
+    with gpu(monkeypatch, directory, request.param):
+        yield request.param
+
+
+@pytest.fixture
+def device(monkeypatch: pytest.MonkeyPatch, directory: Path) -> Iterator[None]:
+    with gpu(monkeypatch, directory):
+        yield
+
+
+def poisoned(x: np.ndarray) -> Any:
+    return on_device(np.full(x.shape, np.nan, x.dtype))
+
+
+def host(x: Any) -> np.ndarray:
+    return x.view(np.ndarray)
+
+
+def assert_rule(function: str, x: Inputs, rtol_h: float, **options: Any) -> None:
+    there = to_device(x)
+    o, h = getattr(gdr, function)(
+        *given(there), initial_state=there.initial_state, cu_seqlens=there.cu_seqlens, output_final_state=True,
+        out=poisoned(x.v), **options,
+    )  # fmt: skip
+    want_o, want_h = getattr(reference, function)(
+        *given(x), initial_state=x.initial_state, cu_seqlens=x.cu_seqlens, output_final_state=True, **options
+    )
+    assert_close(host(o), want_o, rtol=RTOL_O[x.v.dtype.name], name="o")
+    assert_close(host(h), want_h, rtol=rtol_h, name="h")
+
+
+@pytest.mark.parametrize("layout", ["kv", "vk"])
+def test_chunk(capability: int, layout: str) -> None:
+    x = make_inputs(lengths=[70, 0, 1, 130], H=1, HV=2, K=96, V=64, dtype="bfloat16", layout=layout)
+    assert_rule("chunk_gated_delta_rule", x, 1e-3, state_layout=layout, use_qk_l2norm_in_kernel=True)
+
+
+def test_chunk_at_odd_addresses(capability: int) -> None:
+    x = make_inputs(B=1, T=80, H=1, HV=1, K=100, V=64, dtype="float16")
+    for name in ("q", "k", "v"):
+        inner = getattr(x, name)
+        base = np.full((*inner.shape[:3], inner.shape[3] + 3), np.nan, inner.dtype)
+        base[..., 1:-2] = inner
+        setattr(x, name, base[..., 1:-2])
+    assert_rule("chunk_gated_delta_rule", x, 1e-3)
+
+
+@pytest.mark.parametrize(("columns", "K"), [(64, 64), (128, 128)])
+def test_segments(columns: int, K: int, device: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    cut = cuda_chunk.Cut(cuda_chunk.Tile(columns, 1, 3, True), 1)
+    monkeypatch.setattr(cuda_chunk, "pick_cut", lambda *_: cut)
+    x = make_inputs(lengths=[64 * 4 + 5, 0, 130], H=1, HV=1, K=K, V=128, dtype="float16", gates="slow")
+    assert_rule("chunk_gated_delta_rule", x, 1e-3)
+
+
+@pytest.mark.parametrize("layout", ["kv", "vk"])
+@pytest.mark.parametrize(("dtype", "K", "V"), [("bfloat16", 128, 128), ("float32", 60, 100)])
+def test_recurrence(device: None, layout: str, dtype: str, K: int, V: int) -> None:
+    x = make_inputs(lengths=[1, 0, 13, 3], H=2, HV=4, K=K, V=V, dtype=dtype, layout=layout)
+    assert_rule("fused_recurrent_gated_delta_rule", x, 1e-6, state_layout=layout, use_qk_l2norm_in_kernel=True)
+
+
+@pytest.mark.parametrize("layout", ["kv", "vk"])
+@pytest.mark.parametrize("state_dtype", ["float32", "bfloat16"])
+def test_one_token_of_a_pool(device: None, layout: str, state_dtype: str) -> None:
+    x = make_inputs(
+        B=5, T=1, H=1, HV=2, K=128, V=64, dtype="bfloat16", state_dtype=state_dtype, layout=layout, num_slots=9
+    )
+    slots = x.slots.copy()
+    slots[1], slots[3] = -1, 9  # padding: below the pool and past it
+    there = to_device(x)
+    o = gdr.fused_sigmoid_gating_delta_rule_update(
+        there.A_log, there.a, there.dt_bias, 1.0, 20.0, there.q, there.k, there.v, there.b, there.state,
+        on_device(slots), use_qk_l2norm_in_kernel=True, state_layout=layout, out=poisoned(x.v),
+    )  # fmt: skip
+    live = [0, 2, 4]
+    want_o, want_state = reference.fused_sigmoid_gating_delta_rule_update(
+        x.A_log, x.a, x.dt_bias, 1.0, 20.0, x.q, x.k, x.v, x.b, x.state, np.where(slots == 9, -1, slots),
+        use_qk_l2norm_in_kernel=True, state_layout=layout,
+    )  # fmt: skip
+    assert_close(host(o)[live], want_o[live], rtol=RTOL_O["bfloat16"], name="o")
+    assert not host(o)[[1, 3]].astype(np.float32).any()
+    got = host(there.state)
+    assert_close(got, want_state, rtol=1e-6 if state_dtype == "float32" else 3e-3, name="pool")
+    others = [n for n in range(9) if n not in slots[live]]
+    assert_same_bits(got[others], x.state[others])
+
+
+def test_gate(device: None) -> None:
+    x = make_inputs(B=2, T=7, H=1, HV=3, K=8, V=8, dtype="bfloat16")
+    there = to_device(x)
+    got = gdr.gated_delta_rule_gate(there.A_log, there.a, there.dt_bias, there.b)
+    want = reference.gated_delta_rule_gate(x.A_log, x.a, x.dt_bias, x.b)
+    for name, y, expected in zip(("g", "beta"), got, want):
+        assert_close(host(y), expected, rtol=1e-6, name=name)
