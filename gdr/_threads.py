@@ -7,11 +7,13 @@ inside a product), and BLAS keeps to the thread that calls it.
 
 from __future__ import annotations
 
+import _thread
 import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
-from functools import lru_cache
+from functools import lru_cache, partial
+from queue import SimpleQueue
 from typing import Any, TypeVar
 
 from threadpoolctl import ThreadpoolController
@@ -109,12 +111,13 @@ class _SharedIterator(Iterator[Job]):
 
 _pool: ThreadPoolExecutor | None = None
 _pool_lock = threading.Lock()
+_tasks: SimpleQueue[_Once] | None = None  # of the main thread, for the one that works in its place
 
 
 def _forget_pool() -> None:
-    # The threads of a pool do not survive a fork.
-    global _pool, _pool_lock
-    _pool, _pool_lock = None, threading.Lock()
+    # Threads do not survive a fork.
+    global _pool, _pool_lock, _tasks
+    _pool, _pool_lock, _tasks = None, threading.Lock(), None
     one_blas_thread.__init__()  # type: ignore[misc]
 
 
@@ -139,7 +142,11 @@ def for_each(work: Callable[[Iterator[Job]], None], jobs: Sequence[Job], threads
     threads = min(threads, len(jobs))
     if threads <= 1:
         work(iter(jobs))
-        return
+    else:
+        uninterrupted(partial(_for_each, work, jobs, threads))
+
+
+def _for_each(work: Callable[[Iterator[Job]], None], jobs: Sequence[Job], threads: int) -> None:
     shared = _SharedIterator(jobs)
     pool = _the_pool()
     helpers = [pool.submit(work, shared) for _ in range(threads - 1)]
@@ -154,26 +161,31 @@ def for_each(work: Callable[[Iterator[Job]], None], jobs: Sequence[Job], threads
 
 
 class _Once:
-    """Runs a function on whichever call comes first; `finished` is set when it has returned or raised."""
+    """Runs a function on whichever call comes first; it has returned or raised when `done`, and `finished` is free."""
 
     def __init__(self, function: Callable[[], None]) -> None:
         self._function = function
-        self._lock = threading.Lock()
-        self._claimed = False
-        self.finished = threading.Event()
+        self._unclaimed = threading.Lock()
+        self.finished = threading.Lock()
+        self.finished.acquire()
+        self.done = False
         self.error: BaseException | None = None
 
     def __call__(self) -> None:
-        with self._lock:
-            if self._claimed:
-                return
-            self._claimed = True
+        if not self._unclaimed.acquire(blocking=False):
+            return
         try:
             self._function()
         except BaseException as error:
             self.error = error
         finally:
-            self.finished.set()
+            self.done = True
+            self.finished.release()
+
+
+def _run_tasks(tasks: SimpleQueue[_Once]) -> None:
+    while True:
+        tasks.get()()
 
 
 def uninterrupted(function: Callable[[], None]) -> None:
@@ -182,15 +194,22 @@ def uninterrupted(function: Callable[[], None]) -> None:
     Handlers run in the main thread, between any two steps of it; so another thread does the work, and the main
     one, should it be interrupted while it hands the work over or waits, makes sure again that it gets done.
     """
+    global _tasks
     if threading.current_thread() is not threading.main_thread():
         function()
         return
     task = _Once(function)
     interrupt: BaseException | None = None
-    while not task.finished.is_set():
+    # Only what is one step of the interpreter: an executor, an event or a thread object takes locks in Python, and
+    # an exception between two of its steps would leave them taken for ever.
+    while not task.done:
         try:
-            _the_pool().submit(task)
-            task.finished.wait()
+            if _tasks is None:
+                tasks: SimpleQueue[_Once] = SimpleQueue()
+                _thread.start_new_thread(_run_tasks, (tasks,))
+                _tasks = tasks
+            _tasks.put(task)
+            task.finished.acquire()
         except BaseException as error:
             interrupt = error
     if task.error is not None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -176,6 +178,45 @@ def test_an_interrupt_waits_for_the_work():
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, old)
     assert done == [1]
+
+
+@pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="needs POSIX timers")
+def test_interrupts_at_any_moment_leave_no_lock_behind():
+    # In a process of its own, which a lock that is never given back would keep for ever.
+    script = """
+import random, signal
+from gdr import _threads
+
+class Interrupted(Exception):
+    pass
+
+armed = False
+
+def interrupt(signum, frame):
+    if armed:
+        raise Interrupted
+
+signal.signal(signal.SIGALRM, interrupt)
+interrupts, random = 0, random.Random(0)
+for n in range(4000):
+    done = []
+    signal.setitimer(signal.ITIMER_REAL, random.uniform(1e-6, 3e-4))
+    try:
+        armed = True
+        if n % 2:
+            _threads.uninterrupted(lambda: done.append(1))
+        else:
+            _threads.for_each(lambda jobs: done.extend(jobs), [1, 1, 1], 3)
+        armed = False
+    except Interrupted:
+        interrupts += 1
+    armed = False
+    signal.setitimer(signal.ITIMER_REAL, 0)
+    assert len(done) in (0, 1 if n % 2 else 3)
+print(interrupts)
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=False)
+    assert int(done.stdout) > 100, done.stderr
 
 
 def _child(cpu, end):
