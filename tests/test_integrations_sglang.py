@@ -120,6 +120,17 @@ def test_strided_queries_keys_and_values():
     assert torch.equal(call(update, x, x.state), want)
 
 
+def test_rows_of_a_batch_lie_where_their_own_axis_says():
+    # The axis of T == 1 of these slices has a stride of its own: H * K, not the width of a packed row.
+    x = problem(B=4, T=1)
+    want, pool = expected(x)
+    as_slices(x)
+    assert x.q.stride()[:2] == (x.q.stride(0), 2 * 16)
+    assert x.q.stride(0) > 2 * 16
+    assert_close(call(update, x, x.state), want, rtol=5e-6, name="o")
+    assert_close(x.state, pool, rtol=5e-6, name="pool")
+
+
 def test_without_a_pool():
     x = problem(B=2, T=3)
     got = update(
@@ -326,7 +337,8 @@ def test_adversarial_inputs_against_the_reference(change):
 
 @pytest.mark.gpu
 def test_strided_operands_against_sglang(triton_update):
-    x = problem("cuda", **QWEN3_NEXT, B=4, T=1, dtype="bfloat16")
+    # As SGLang's layers call it: sequences of one token, packed along T.
+    x = problem("cuda", **QWEN3_NEXT, lengths=[1, 1, 1, 1], dtype="bfloat16")
     as_slices(x)
     assert_both(triton_update, x)
 
