@@ -8,7 +8,9 @@ JAX) is adopted as a zero-copy view of one of those, and results are handed back
 from __future__ import annotations
 
 import sys
-from operator import attrgetter, methodcaller
+from collections.abc import Callable, Sequence
+from functools import cache, partial
+from operator import attrgetter
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -26,6 +28,7 @@ class Meta(NamedTuple):
     device: str | int
 
 
+@cache
 def numpy_dtype(name: str) -> np.dtype:
     """The NumPy dtype called `name`; bfloat16 is ml_dtypes'."""
     if name == "bfloat16":
@@ -35,11 +38,17 @@ def numpy_dtype(name: str) -> np.dtype:
     return np.dtype(name)
 
 
+_signature = attrgetter("shape", "strides", "dtype")
+_shape, _dtype, _requires_grad = map(attrgetter, ("shape", "dtype", "requires_grad"))
+
+
 class NumpyArrays:
     """NumPy arrays: the host's native kind."""
 
     name = "numpy"
-    signature = staticmethod(attrgetter("shape", "strides", "dtype"))
+
+    def signature(self, arrays: Sequence[Any]) -> tuple:
+        return tuple(map(_signature, arrays))
 
     def meta(self, x: Any) -> Meta:
         size = x.itemsize or 1
@@ -62,15 +71,21 @@ class NumpyArrays:
         return bool(x.flags.writeable)
 
 
+# Numbers of dtypes are hashed faster than dtypes; CuPy has but one byte order.
+_device_signature = attrgetter("shape", "strides", "dtype.num", "data.device_id")
+
+
 class CupyArrays:
     """CuPy arrays: a CUDA device's native kind."""
 
     name = "cupy"
-    signature = staticmethod(attrgetter("shape", "strides", "dtype", "data.device_id"))
     pointer = staticmethod(attrgetter("data.ptr"))
 
     def __init__(self) -> None:
         self._cupy = sys.modules["cupy"]
+
+    def signature(self, arrays: Sequence[Any]) -> tuple:
+        return tuple(map(_device_signature, arrays))
 
     def meta(self, x: Any) -> Meta:
         size = x.itemsize or 1
@@ -83,8 +98,10 @@ class CupyArrays:
         return x
 
     def empty(self, shape: tuple[int, ...], dtype: str, device: str | int) -> Any:
+        if self._cupy.cuda.runtime.getDevice() == device:  # 0.1 us against 1.5 us for a context
+            return self._cupy.ndarray(shape, numpy_dtype(dtype))
         with self._cupy.cuda.Device(device):
-            return self._cupy.empty(shape, numpy_dtype(dtype))
+            return self._cupy.ndarray(shape, numpy_dtype(dtype))
 
     def writable(self, x: Any) -> bool:
         return True
@@ -101,22 +118,28 @@ class TorchArrays:
     """torch tensors: native on CUDA, adopted as NumPy views on the host."""
 
     name = "torch"
-    pointer = staticmethod(methodcaller("data_ptr"))
 
     def __init__(self) -> None:
         torch = sys.modules["torch"]
         self._torch = torch
-        names = (*FLOATS, *INTEGERS)
-        self._dtype_names = {getattr(torch, name): name for name in names}
-        self._current_stream = getattr(torch._C, "_cuda_getCurrentRawStream", None)
+        self._dtypes = {name: getattr(torch, name) for name in (*FLOATS, *INTEGERS, "uint8")}
+        self._dtype_names = {dtype: name for name, dtype in self._dtypes.items()}
+        self._device = cache(partial(torch.device, "cuda"))
+        tensor = torch.Tensor
+        self.pointer: Callable[[Any], int] = tensor.data_ptr
+        self._is_contiguous, self._strides, self._ordinal = tensor.is_contiguous, tensor.stride, tensor.get_device
+        # 0.1 us against 5 us for torch.cuda.current_stream
+        self.stream: Callable[[int], int] = getattr(torch._C, "_cuda_getCurrentRawStream", self._stream)
 
-    def signature(self, x: Any) -> tuple:
-        if x.requires_grad and self._torch.is_grad_enabled():
+    def signature(self, arrays: Sequence[Any]) -> tuple:
+        if self._torch.is_grad_enabled() and any(map(_requires_grad, arrays)):
             raise TypeError(
                 "gdr has no autograd: an argument is a torch tensor that requires grad; "
                 "call under torch.no_grad() or detach it"
             )
-        return x.shape, x.stride(), x.dtype, x.get_device()
+        # The strides of contiguous tensors follow from their shapes.
+        strides = () if all(map(self._is_contiguous, arrays)) else map(self._strides, arrays)
+        return (*map(_shape, arrays), *map(_dtype, arrays), *map(self._ordinal, arrays), *strides)
 
     def meta(self, x: Any) -> Meta:
         if x.layout is not self._torch.strided:
@@ -144,14 +167,12 @@ class TorchArrays:
     def empty(self, shape: tuple[int, ...], dtype: str, device: str | int) -> Any:
         if device == "cpu":
             return np.empty(shape, numpy_dtype(dtype))
-        return self._torch.empty(shape, dtype=getattr(self._torch, dtype), device=f"cuda:{device}")
+        return self._torch.empty(shape, dtype=self._dtypes[dtype], device=self._device(device))
 
     def writable(self, x: Any) -> bool:
         return True
 
-    def stream(self, device: int) -> int:
-        if self._current_stream is not None:
-            return self._current_stream(device)  # 0.1 us against 5 us for torch.cuda.current_stream
+    def _stream(self, device: int) -> int:
         return self._torch.cuda.current_stream(device).cuda_stream
 
     def to_host(self, x: Any) -> np.ndarray:
@@ -166,13 +187,13 @@ class JaxArrays:
     def __init__(self) -> None:
         self._tracer = sys.modules["jax"].core.Tracer
 
-    def signature(self, x: Any) -> tuple:
-        if isinstance(x, self._tracer):
+    def signature(self, arrays: Sequence[Any]) -> tuple:
+        if any(isinstance(x, self._tracer) for x in arrays):
             raise TypeError(
                 "gdr needs arrays with values: an argument is a JAX tracer; "
                 "call outside jax.jit, jax.grad and jax.vmap, or through jax.pure_callback"
             )
-        return x.shape, x.dtype, x.sharding
+        return tuple((x.shape, x.dtype, x.sharding) for x in arrays)
 
     def meta(self, x: Any) -> Meta:
         devices = x.devices()

@@ -16,7 +16,13 @@ from gdr._inputs import Call
 from gdr._spec import Spec
 
 _runners: dict[tuple[str, str, str], Callable[[Call], None]] = {}
-_thread = threading.local()
+
+
+class _Thread(threading.local):
+    planning = False
+
+
+_thread = _Thread()
 
 
 def run(call: Call) -> None:
@@ -27,7 +33,7 @@ def run(call: Call) -> None:
     else:
         name = backend(call.spec)
         key = name, "ring", "verify" if call.draft else "run"
-    if getattr(_thread, "planning", False):
+    if _thread.planning:
         raise Planned(call)
     runner = _runners.get(key)
     if runner is None:

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Callable
-from operator import attrgetter
+from functools import partial, reduce
+from operator import attrgetter, itemgetter, or_
 from typing import Any, NamedTuple
 
 from gdr import _arrays, _cuda_loader
@@ -22,6 +23,11 @@ _LARGEST_GRID = 65535  # along y and z
 _HEAD = struct.Struct("13Q 4f I")
 _LAYOUT = _HEAD.format + "18q 6q 5q I 4i"
 PARAMS = dict.fromkeys(("fused_recurrent_kv", "fused_recurrent_vk"), _cuda_loader.Params(_LAYOUT))
+# The operands in the order of their pointers; g and beta take the place of a and b where those are given.
+_POINTERS = (
+    *("q", "k", "v", "out", "A_log", "dt_bias", "a", "b"),
+    *("initial_state", "initial_slots", "final_state", "final_slots", "cu_seqlens"),
+)
 
 
 class Arguments(_cuda_loader.Params):
@@ -30,10 +36,7 @@ class Arguments(_cuda_loader.Params):
     def __init__(self, fixed: tuple[int, ...]) -> None:
         super().__init__(_LAYOUT)
         self.pack(*[0] * 18, *fixed)
-
-    def pack_head(self, *values: float) -> None:
-        """Fill in what differs from call to call."""
-        _HEAD.pack_into(self.buffer, 0, *values)
+        self.pack_head = partial(_HEAD.pack_into, self.buffer, 0)  # fills in what differs from call to call
 
 
 class Tile(NamedTuple):
@@ -65,8 +68,14 @@ class Plan:
 
     def __init__(self, call: Call) -> None:
         self.spec = call.spec
-        self.raw = self.spec.gates == "raw"
+        given = {} if self.spec.gates == "raw" else {"a": "g", "b": "beta"}
+        names = [given.get(name, name) for name in _POINTERS]
+        present = [name for name in names if getattr(call, name) is not None]
+        self.operands = attrgetter(*present)
         self.pointer = _pointer_of(call)
+        # Takes the pointers of all operands out of a list that has those of the present ones, and then a 0.
+        self.spread = itemgetter(*(present.index(name) if name in present else -1 for name in names))
+        self.one_state = call.final_state is call.initial_state  # a part of the signature
         self.arguments = Arguments(_fixed(self.spec))
         self.launches: dict[tuple[bool, bool, bool], Launch] = {}
 
@@ -86,28 +95,17 @@ def run(call: Call) -> None:
     plan = spec.plan.get("fused_recurrent")
     if plan is None:
         plan = spec.plan["fused_recurrent"] = Plan(call)
-    pointer, arguments = plan.pointer, plan.arguments
-    q, k, v, out = pointer(call.q), pointer(call.k), pointer(call.v), pointer(call.out)
-    if plan.raw:
-        gates = (pointer(call.A_log), pointer(call.dt_bias), pointer(call.a), pointer(call.b))
-    else:
-        gates = (0, 0, pointer(call.g), pointer(call.beta))
-    initial = 0 if call.initial_state is None else pointer(call.initial_state)
-    final = 0 if call.final_state is None else pointer(call.final_state)
-    read = 0 if call.initial_slots is None else pointer(call.initial_slots)
-    written = 0 if call.final_slots is None else pointer(call.final_slots)
-    cu_seqlens = 0 if call.cu_seqlens is None else pointer(call.cu_seqlens)
-    in_place = call.final_state is call.initial_state and read == written
-    tokens, states = q | k, initial | final
-    A_log, dt_bias, a, b = gates
-    if (tokens | states | v | out | A_log | dt_bias | a | b | read | written | cu_seqlens) & 7:
+    pointers = plan.spread([*map(plan.pointer, plan.operands(call)), 0])
+    q, k = pointers[:2]
+    initial, read, final, written = pointers[8:12]
+    if reduce(or_, pointers) & 7:
         refuse_misaligned(call)
-    variant = (not tokens & 15, not states & 15, in_place)
+    variant = (not (q | k) & 15, not (initial | final) & 15, plan.one_state and read == written)
     launch = plan.launches.get(variant) or plan.launch(variant)
     scalars = (call.scale, call.softplus_beta, 1 / call.softplus_beta, call.softplus_threshold)
-    stream = call.stream
+    arguments, stream = plan.arguments, call.stream
     for first in range(0, spec.N, _LARGEST_GRID):
-        arguments.pack_head(q, k, v, out, *gates, initial, read, final, written, cu_seqlens, *scalars, first)
+        arguments.pack_head(*pointers, *scalars, first)
         grid = (launch.blocks, spec.H, min(spec.N - first, _LARGEST_GRID))
         launch.kernel.launch(grid, launch.block, arguments, stream)
 
@@ -236,7 +234,5 @@ def _fixed(spec: Spec) -> tuple[int, ...]:
 def _pointer_of(call: Call) -> Callable[[Any], int]:
     """The quickest way to the pointers of a call's arrays, which all calls with its `Spec` can take."""
     operands = [getattr(call, name) for name in OPERANDS]
-    libraries = {type(x).__module__.partition(".")[0] for x in operands if x is not None}
-    if libraries == {"torch"}:
-        return type(call.q).data_ptr
-    return attrgetter("data.ptr") if libraries == {"cupy"} else _arrays.pointer
+    libraries = {_arrays.library_of(x) for x in operands if x is not None}
+    return libraries.pop().pointer if len(libraries) == 1 else _arrays.pointer

@@ -10,12 +10,14 @@ import math
 import numbers
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from itertools import count
+from operator import itemgetter
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from gdr import _arrays
-from gdr._spec import LAYOUTS, OPERANDS, Spec, describe
+from gdr._spec import LAYOUTS, OPERANDS, Form, Spec, describe
 
 # Operands that no call writes.
 READ = ("q", "k", "v", "A_log", "dt_bias", "a", "b", "g", "beta")
@@ -65,17 +67,31 @@ class Call:
         return self.library.stream(self.spec.device)
 
 
-_specs: dict[tuple, Spec] = {}
-# What makes the signature of each operand, by the operands' types.
-_signers: dict[tuple[type, ...], list[Callable[[Any], Any]]] = {}
+class _Signer(NamedTuple):
+    """What makes the signatures of the calls of one form whose arguments have the same types."""
+
+    number: int  # one for each
+    parts: list[tuple[Callable[[Any], tuple], Callable[[tuple], Any]]]  # for each library; what picks its operands
+
+
+class _Checked(NamedTuple):
+    """What is known of all calls with one signature."""
+
+    head: tuple  # the fields of a Call before the operands
+    spec: Spec
+    checks_values: bool
+
+
+_signers: dict[tuple, _Signer] = {}
+_numbers = count()
+_specs: dict[tuple, _Checked] = {}
 _MAX_SPECS = 1024
 
 
 def prepare(
-    op: str,
-    operands: dict[str, Any],
+    form: Form,
+    operands: tuple[Any, ...],
     *,
-    names: dict[str, str] | None = None,
     scale: float | None = None,
     l2norm: bool = False,
     layout: str = "kv",
@@ -90,47 +106,35 @@ def prepare(
 
     Parameters
     ----------
-    op : {"fused_recurrent", "chunk", "gate"}
-    operands : dict
-        The arrays of the call by the names in `OPERANDS`; those that are missing or None are absent.
-    names : dict, optional
-        What the caller calls an operand where that differs, for error messages.
+    form : Form
+        What is called.
+    operands : tuple
+        The arrays of the call in the order of `OPERANDS`; None where there is none.
     output_final_state : bool
         Allocate `final_state` for N sequences (float32, or float64 where the arithmetic is).
     check : bool, optional
         Check the values of slots and cu_seqlens.  None: on the host, not on a device, where it must synchronise.
     """
-    names = names or {}
-    if l2norm is not True and l2norm is not False:
-        check_flag(names.get("l2norm", "use_qk_l2norm_in_kernel"), l2norm)
-    if not isinstance(layout, str) or layout not in LAYOUTS:
-        raise ValueError(f"{names.get('layout', 'state_layout')}: expected 'kv' or 'vk', got {layout!r}")
-    if check is not None:
-        check_flag("check", check)
-    if op == "chunk":
-        check_whole_number("chunk_size", chunk_size)
-        check_flag("batch_invariant", batch_invariant)
-    arrays = list(map(operands.get, OPERANDS))
-    spec = _spec_of(op, operands, arrays, names, l2norm, layout, output_final_state)
-    call = Call(
-        spec,
-        spec.K**-0.5 if scale is None else number("scale", scale),
-        positive("softplus_beta", softplus_beta),
-        number("softplus_threshold", softplus_threshold),
-        _arrays.library_of(operands["a" if op == "gate" else "v"]),
-        int(chunk_size),
-        bool(batch_invariant),
-        *arrays,
+    options = (
+        *(scale, l2norm, layout, softplus_beta, softplus_threshold),
+        *(chunk_size, batch_invariant, output_final_state, check),
     )
-    call.names = names
+    # A state that is updated in place, and its slots, come twice: they are signed once.
+    once = operands[12] is operands[10], operands[13] is operands[11]
+    kinds = (form, once, *map(type, operands), *map(type, options))
+    signer = _signers.get(kinds) or _make_signer(kinds, form, operands, options)
+    signature = (signer.number, options, *[sign(pick(operands)) for sign, pick in signer.parts])
+    head, spec, checks_values = _specs.get(signature) or _check(signature, form, operands, options)
+    call = Call(*head, *operands)
+    call.names = form.names
     if not spec.native:
-        _adopt(call, operands, names)
-    if op == "gate":
+        _adopt(call, operands, form.names)
+    if form.op == "gate":
         call.g = call.library.empty(spec.shapes["g"], spec.compute, spec.device)
         call.beta = call.library.empty(spec.shapes["beta"], spec.compute, spec.device)
         return call
-    if check or (check is None and spec.device == "cpu"):
-        _check_values(call, names)
+    if checks_values:
+        _check_values(call, form.names)
     if call.out is None:
         call.out = call.library.empty(spec.shapes["out"], spec.dtype, spec.device)
     if output_final_state:
@@ -138,61 +142,90 @@ def prepare(
     return call
 
 
-def _spec_of(
-    op: str,
-    operands: dict[str, Any],
-    arrays: list[Any],
-    names: dict[str, str],
-    l2norm: bool,
-    layout: str,
-    output_final_state: bool,
-) -> Spec:
-    """The `Spec` of a call: the one made for the last call with the same signature, or a new one."""
-    # A state that is updated in place, and its slots, come twice: they are signed once.
-    same_state, same_slots = arrays[12] is arrays[10], arrays[13] is arrays[11]
-    if same_state:
-        arrays = [*arrays[:12], None, None if same_slots else arrays[13], arrays[14]]
-    kinds = tuple(map(type, arrays))
-    signers = _signers.get(kinds)
-    if signers is None:
-        signers = _signers[kinds] = [_signer(operands, names, x) for x in arrays]
-    flags = op, l2norm, layout, output_final_state, same_state, same_slots
-    signature = (flags, kinds, *[sign(x) for sign, x in zip(signers, arrays)])
-    spec = _specs.get(signature)
-    if spec is None:
-        spec = describe(op, operands, names, bool(l2norm), layout, output_final_state)
-        if len(_specs) >= _MAX_SPECS:
-            _specs.clear()
-        _specs[signature] = spec
-    return spec
+def _make_signer(kinds: tuple, form: Form, operands: tuple[Any, ...], options: tuple[Any, ...]) -> _Signer:
+    """Refuse arguments of wrong types, and say how to sign the others."""
+    _check_options(*options)
+    places: dict[Any, list[int]] = {}
+    for i, (name, x) in enumerate(zip(OPERANDS, operands, strict=True)):
+        if x is None or (i == 12 and x is operands[10]) or (i == 13 and x is operands[11]):
+            continue
+        library = _arrays.library_of(x)
+        if library is None:
+            said = form.names.get(name, name)
+            raise TypeError(f"{said}: expected a NumPy, CuPy, torch or JAX array, got {type(x).__name__}")
+        places.setdefault(library, []).append(i)
+    parts = [(library.signature, _picker(found)) for library, found in places.items()]
+    signer = _signers[kinds] = _Signer(next(_numbers), parts)
+    return signer
 
 
-def _signer(operands: dict[str, Any], names: dict[str, str], x: Any) -> Callable[[Any], Any]:
-    """What makes the signature of arrays like `x`; of an absent operand, False."""
-    if x is None:
-        return bool
-    library = _arrays.library_of(x)
-    if library is None:
-        name = next(n for n, value in operands.items() if value is x)
-        raise TypeError(f"{names.get(name, name)}: expected a NumPy, CuPy, torch or JAX array, got {type(x).__name__}")
-    return library.signature
+def _picker(places: list[int]) -> Callable[[tuple], Any]:
+    """What takes the elements at `places` out of a tuple."""
+    return itemgetter(*places) if len(places) > 1 else itemgetter(slice(places[0], places[0] + 1))
 
 
-def _adopt(call: Call, operands: dict[str, Any], names: dict[str, str]) -> None:
+def _check(signature: tuple, form: Form, operands: tuple[Any, ...], options: tuple[Any, ...]) -> _Checked:
+    """Check everything that a signature says of a call, and remember it."""
+    scale, l2norm, layout, *softplus, chunk_size, batch_invariant, output_final_state, check = _check_options(*options)
+    spec = describe(form, operands, l2norm, layout, output_final_state)
+    library = _arrays.library_of(operands[OPERANDS.index("a" if form.op == "gate" else "v")])
+    head = spec, spec.K**-0.5 if scale is None else scale, *softplus, library, chunk_size, batch_invariant
+    checked = _Checked(head, spec, bool(check or (check is None and spec.device == "cpu")))
+    if len(_specs) >= _MAX_SPECS:
+        _specs.clear()
+    _specs[signature] = checked
+    return checked
+
+
+def _check_options(
+    scale: Any,
+    l2norm: Any,
+    layout: Any,
+    softplus_beta: Any,
+    softplus_threshold: Any,
+    chunk_size: Any,
+    batch_invariant: Any,
+    output_final_state: Any,
+    check: Any,
+) -> tuple[Any, ...]:
+    """The options of a call in the same order, as Python's own types; those of wrong types or values are refused."""
+    check_flag("use_qk_l2norm_in_kernel", l2norm)
+    if not isinstance(layout, str) or layout not in LAYOUTS:
+        raise ValueError(f"state_layout: expected 'kv' or 'vk', got {layout!r}")
+    check_whole_number("chunk_size", chunk_size)
+    check_flag("batch_invariant", batch_invariant)
+    check_flag("output_final_state", output_final_state)
+    if check is not None:
+        check_flag("check", check)
+    return (
+        None if scale is None else number("scale", scale),
+        bool(l2norm),
+        layout,
+        positive("softplus_beta", softplus_beta),
+        number("softplus_threshold", softplus_threshold),
+        int(chunk_size),
+        bool(batch_invariant),
+        bool(output_final_state),
+        check,
+    )
+
+
+def _adopt(call: Call, operands: tuple[Any, ...], names: dict[str, str]) -> None:
     """Replace operands that are no native arrays of their device by views that are."""
     for name in ("out", "final_state"):
-        x = operands.get(name)
+        x = getattr(call, name)
         if x is not None and not _arrays.library_of(x).writable(x):
             raise ValueError(f"{names.get(name, name)}: is written in place, and this {type(x).__name__} is read-only")
-    for name, x in operands.items():
+    one_state, one_slots = call.final_state is call.initial_state, call.final_slots is call.initial_slots
+    for name, x in zip(OPERANDS, operands):
         if x is not None and type(x) is not np.ndarray:
             setattr(call, name, _arrays.library_of(x).adopt(x))
-    if operands.get("final_state") is operands.get("initial_state"):
+    if one_state:
         call.final_state = call.initial_state
-    if operands.get("final_slots") is operands.get("initial_slots"):
+    if one_slots:
         call.final_slots = call.initial_slots
     if call.spec.device == "cpu" and call.spec.op != "gate":
-        _check_memory(call, operands, names)
+        _check_memory(call, names)
 
 
 def refuse_misaligned(call: Call) -> None:
@@ -247,14 +280,14 @@ def check_flag(name: str, value: Any) -> None:
         raise TypeError(f"{name}: expected True or False, got {type(value).__name__}")
 
 
-def _check_memory(call: Call, operands: dict[str, Any], names: dict[str, str]) -> None:
+def _check_memory(call: Call, names: dict[str, str]) -> None:
     """Give a and b three axes, and refuse outputs that overlap other operands."""
     spec = call.spec
     for name in ("a", "b", "g", "beta"):
         x = getattr(call, name)
         if x is not None and x.ndim == 2:
             setattr(call, name, x.reshape(spec.B, spec.T, spec.HV))
-    if operands.get("out") is not None:
+    if call.out is not None:
         _check_apart(call, "out", (*READ, "initial_state", "final_state"), names)
     if call.final_state is not None:
         _check_apart(call, "final_state", READ, names)

@@ -30,7 +30,19 @@ OPERANDS = (
     "final_slots",
     "cu_seqlens",
 )
-REQUIRED = ("q", "k", "v", "A_log", "dt_bias", "a", "b", "g", "beta")
+# What a call must have, by how its gates come.
+RAW_GATES = ("A_log", "dt_bias", "a", "b")
+GIVEN_GATES = ("g", "beta")
+TOKENS = ("q", "k", "v")
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Form:
+    """One way to call an operation."""
+
+    op: str  # "fused_recurrent", "chunk" or "gate"
+    required: tuple[str, ...]  # operands that every such call has
+    names: dict[str, str] = field(default_factory=dict)  # what the caller calls an argument where that differs
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -38,7 +50,7 @@ class Spec:
     """What a call is, from metadata alone; made once a signature.
 
     `strides` count elements.  `native`: every operand is a CUDA array that kernels take as it is.  `plan` is the
-    backend's own: whatever it derives from the rest.
+    backend's own: whatever it derives from the rest, and from the scalars, which are a part of the signature.
     """
 
     op: str
@@ -77,43 +89,41 @@ class Spec:
         return self.dtypes.get("final_state")
 
 
-def describe(
-    op: str, operands: dict[str, Any], names: dict[str, str], l2norm: bool, layout: str, output_final_state: bool
-) -> Spec:
+def describe(form: Form, operands: tuple[Any, ...], l2norm: bool, layout: str, output_final_state: bool) -> Spec:
     """Check the operands of a call against one another and describe it.
 
     Parameters
     ----------
-    op : {"fused_recurrent", "chunk", "gate"}
-    operands : dict
-        Arrays by the names in `OPERANDS`, or None.
-    names : dict
-        What the caller calls an operand where that differs.
+    form : Form
+        What is called.
+    operands : tuple
+        Arrays in the order of `OPERANDS`, or None.
 
     Raises
     ------
     TypeError, ValueError
         By the caller's name of the argument.
     """
-    found = _Operands(operands, names)
-    return _describe_gate(found) if op == "gate" else _describe_rule(op, found, l2norm, layout, output_final_state)
+    found = _Operands(form, operands)
+    if form.op == "gate":
+        return _describe_gate(found)
+    return _describe_rule(form.op, found, l2norm, layout, output_final_state)
 
 
 class _Operands:
     """The metadata of a call's operands, and the caller's names for them."""
 
-    def __init__(self, operands: dict[str, Any], names: dict[str, str]) -> None:
-        self.names = names
+    def __init__(self, form: Form, operands: tuple[Any, ...]) -> None:
+        self.names = form.names
         self.meta: dict[str, Meta] = {}
-        libraries = {_arrays.library_of(x).name for x in operands.values() if x is not None}
-        for name in OPERANDS:
-            x = operands.get(name)
+        libraries = {_arrays.library_of(x).name for x in operands if x is not None}
+        for name, x in zip(OPERANDS, operands):
             if x is not None:
                 try:
                     self.meta[name] = _arrays.library_of(x).meta(x)
                 except TypeError as error:
                     raise TypeError(f"{self.said(name)}: {error}") from None
-            elif name in operands and name in REQUIRED:
+            elif name in form.required:
                 raise TypeError(f"{self.said(name)}: expected an array, got None")
         first, self.device = next((name, m.device) for name, m in self.meta.items())
         for name, m in self.meta.items():

@@ -5,6 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 from gdr import _backends, _inputs
+from gdr._spec import GIVEN_GATES, TOKENS, Form
+
+_CHUNK = Form("chunk", (*TOKENS, *GIVEN_GATES))
 
 
 def chunk_gated_delta_rule(
@@ -88,19 +91,9 @@ def chunk_gated_delta_rule(
     >>> o.shape, h.shape
     ((1, 200, 4, 16), (1, 4, 16, 16))
     """
-    _inputs.check_flag("output_final_state", output_final_state)
     call = _inputs.prepare(
-        "chunk",
-        {
-            "q": q,
-            "k": k,
-            "v": v,
-            "out": out,
-            "g": g,
-            "beta": beta,
-            "initial_state": initial_state,
-            "cu_seqlens": cu_seqlens,
-        },
+        _CHUNK,
+        (q, k, v, out, None, None, None, None, g, beta, initial_state, None, None, None, cu_seqlens),
         scale=scale,
         l2norm=use_qk_l2norm_in_kernel,
         layout=state_layout,

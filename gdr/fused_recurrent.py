@@ -5,14 +5,19 @@ from __future__ import annotations
 from typing import Any
 
 from gdr import _backends, _inputs
+from gdr._spec import GIVEN_GATES, RAW_GATES, TOKENS, Form
 
-_UPDATE_NAMES = {
-    "initial_state": "initial_state_source",
-    "initial_slots": "initial_state_indices",
-    "final_state": "initial_state_source",
-    "final_slots": "output_state_indices",
-}
-_RECURRENT_NAMES = {"final_state": "initial_state"}
+_UPDATE = Form(
+    "fused_recurrent",
+    (*TOKENS, *RAW_GATES),
+    {
+        "initial_state": "initial_state_source",
+        "initial_slots": "initial_state_indices",
+        "final_state": "initial_state_source",
+        "final_slots": "output_state_indices",
+    },
+)
+_RECURRENT = Form("fused_recurrent", (*TOKENS, *GIVEN_GATES))
 
 
 def fused_sigmoid_gating_delta_rule_update(
@@ -108,29 +113,21 @@ def fused_sigmoid_gating_delta_rule_update(
     >>> o.shape, np.flatnonzero(pool.any((1, 2, 3))).tolist()
     ((2, 1, 4, 8), [3, 7])
     """
-    _inputs.check_flag("disable_state_update", disable_state_update)
-    updates = initial_state_source is not None and not disable_state_update
-    if output_state_indices is not None and not updates:
+    if disable_state_update is not False:
+        _inputs.check_flag("disable_state_update", disable_state_update)
+    final_state = None if disable_state_update else initial_state_source
+    if output_state_indices is not None and final_state is None:
         raise ValueError("output_state_indices: given, but no state is written")
-    final_slots = initial_state_indices if output_state_indices is None else output_state_indices
+    if final_state is None:
+        final_slots = None
+    else:
+        final_slots = initial_state_indices if output_state_indices is None else output_state_indices
     call = _inputs.prepare(
-        "fused_recurrent",
-        {
-            "q": q,
-            "k": k,
-            "v": v,
-            "out": out,
-            "A_log": A_log,
-            "dt_bias": dt_bias,
-            "a": a,
-            "b": b,
-            "initial_state": initial_state_source,
-            "initial_slots": initial_state_indices,
-            "final_state": initial_state_source if updates else None,
-            "final_slots": final_slots if updates else None,
-            "cu_seqlens": cu_seqlens,
-        },
-        names=_UPDATE_NAMES,
+        _UPDATE,
+        (
+            *(q, k, v, out, A_log, dt_bias, a, b, None, None),
+            *(initial_state_source, initial_state_indices, final_state, final_slots, cu_seqlens),
+        ),
         scale=scale,
         l2norm=use_qk_l2norm_in_kernel,
         layout=state_layout,
@@ -213,20 +210,9 @@ def fused_recurrent_gated_delta_rule(
     >>> o.shape, h.shape
     ((2, 5, 4, 8), (2, 4, 8, 8))
     """
-    _inputs.check_flag("output_final_state", output_final_state)
     call = _inputs.prepare(
-        "fused_recurrent",
-        {
-            "q": q,
-            "k": k,
-            "v": v,
-            "out": out,
-            "g": g,
-            "beta": beta,
-            "initial_state": initial_state,
-            "cu_seqlens": cu_seqlens,
-        },
-        names=_RECURRENT_NAMES,
+        _RECURRENT,
+        (q, k, v, out, None, None, None, None, g, beta, initial_state, None, None, None, cu_seqlens),
         scale=scale,
         l2norm=use_qk_l2norm_in_kernel,
         layout=state_layout,

@@ -5,6 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 from gdr import _backends, _inputs
+from gdr._spec import RAW_GATES, Form
+
+_GATE = Form("gate", RAW_GATES)
 
 
 def gated_delta_rule_gate(
@@ -63,8 +66,8 @@ def gated_delta_rule_gate(
     (-0.6931471805599453, 0.5)
     """
     call = _inputs.prepare(
-        "gate",
-        {"A_log": A_log, "a": a, "dt_bias": dt_bias, "b": b},
+        _GATE,
+        (None, None, None, None, A_log, dt_bias, a, b, None, None, None, None, None, None, None),
         softplus_beta=softplus_beta,
         softplus_threshold=softplus_threshold,
     )

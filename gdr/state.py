@@ -22,6 +22,7 @@ _STATE_NAMES = {
     "A_log": "the state's A_log",
     "dt_bias": "the state's dt_bias",
 }
+_FORMS = {op: _spec.Form(op, (*_spec.TOKENS, *_spec.RAW_GATES), _STATE_NAMES) for op in ("fused_recurrent", "chunk")}
 
 # Mean number of tokens a sequence from which prefill runs chunkwise.
 CHUNK_FROM = {"cpu": 16, "cuda": 32}
@@ -567,23 +568,11 @@ class DeltaRuleState:
                 raise ValueError(f"{name}: expected heads and head dimension {list(want)}, got {list(x.shape)[-2:]}")
         slots = self._kernel_slots(slots)
         call = _inputs.prepare(
-            op,
-            {
-                "q": q,
-                "k": k,
-                "v": v,
-                "out": out,
-                "A_log": self.A_log,
-                "dt_bias": self.dt_bias,
-                "a": a,
-                "b": b,
-                "initial_state": self._pool,
-                "initial_slots": slots,
-                "final_state": self._pool,
-                "final_slots": slots,
-                "cu_seqlens": cu_seqlens,
-            },
-            names=_STATE_NAMES,
+            _FORMS[op],
+            (
+                *(q, k, v, out, self.A_log, self.dt_bias, a, b, None, None),
+                *(self._pool, slots, self._pool, slots, cu_seqlens),
+            ),
             scale=self.scale,
             l2norm=self.use_qk_l2norm,
             layout=self.layout,

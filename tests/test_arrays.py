@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -209,8 +210,8 @@ class OnDevice:
 class DeviceArrays(_arrays.NumpyArrays):
     name = "device"
 
-    def signature(self, x: OnDevice) -> tuple:
-        return super().signature(x.x)
+    def signature(self, arrays: Sequence[OnDevice]) -> tuple:
+        return super().signature([x.x for x in arrays])
 
     def meta(self, x: OnDevice) -> _arrays.Meta:
         return super().meta(x.x)._replace(device=1)

@@ -13,6 +13,7 @@ import gdr
 from gdr import _cuda_chunk as cuda_chunk
 from gdr import _cuda_loader as loader
 from gdr import _inputs, reference
+from gdr._spec import OPERANDS, Form
 from gdr.testing import Inputs, assert_close, make_inputs, to_library, to_numpy
 
 pytestmark = pytest.mark.gpu
@@ -129,7 +130,8 @@ def test_raw_gates_and_norm_from_a_pool(keys: str, normalize: bool) -> None:
         "final_state": there.state,
     }
     operands["initial_slots"] = operands["final_slots"] = on_device(slots)
-    call = _inputs.prepare("chunk", operands, l2norm=True)
+    form = Form("chunk", ("q", "k", "v", "A_log", "dt_bias", "a", "b"))
+    call = _inputs.prepare(form, tuple(map(operands.get, OPERANDS)), l2norm=True)
     cuda_chunk.run(call)
     want_o, want_state = reference.fused_sigmoid_gating_delta_rule_update(
         x.A_log, x.a, x.dt_bias, 1.0, 20.0, x.q, x.k, x.v, x.b, x.state, slots,

@@ -12,6 +12,7 @@ from gdr import _cuda_loader as loader
 from gdr import _cuda_ring as cuda_ring
 from gdr import _inputs
 from gdr._arrays import numpy_dtype
+from gdr._spec import OPERANDS, RAW_GATES, TOKENS, Form
 from gdr.testing import relative_rms, to_library, to_numpy
 
 pytestmark = pytest.mark.gpu
@@ -74,7 +75,8 @@ class Pool:
         """Run tokens that are on the device."""
         operands = {**self.gates, "out": out, **x}
         operands |= {"initial_state": self.pool, "initial_slots": slots, "final_state": self.pool, "final_slots": slots}
-        call = _inputs.prepare("fused_recurrent", operands, l2norm=self.l2norm, layout=self.layout)
+        form = Form("fused_recurrent", (*TOKENS, *RAW_GATES))
+        call = _inputs.prepare(form, tuple(map(operands.get, OPERANDS)), l2norm=self.l2norm, layout=self.layout)
         call.ring, call.draft, call.parents = self.ring, draft, parents
         (cuda_ring.verify if draft else cuda_ring.run)(call)
         return call.out

@@ -13,6 +13,7 @@ from places import assert_same_bits, given, raw
 
 import gdr
 from gdr import _arrays, _cuda_fused_recurrent, _inputs
+from gdr._spec import OPERANDS, RAW_GATES, TOKENS, Form
 from gdr.testing import make_inputs
 
 UPDATE = gdr.fused_sigmoid_gating_delta_rule_update
@@ -378,7 +379,8 @@ class _Launched(Exception):
 
 def _device_call(op, operands, monkeypatch, **options):
     """A call as a launcher gets it; running it raises _Launched where a kernel would start."""
-    call = _inputs.prepare(op, operands, names={"initial_state": "initial_state_source"}, **options)
+    form = Form(op, (*TOKENS, *RAW_GATES), {"initial_state": "initial_state_source"})
+    call = _inputs.prepare(form, tuple(map(operands.get, OPERANDS)), **options)
     call.library = types.SimpleNamespace(stream=lambda device: 0, empty=np.empty, name="numpy")
 
     class Launches(dict):

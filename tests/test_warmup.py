@@ -66,13 +66,14 @@ def test_wrong_arguments_are_named(arguments: dict, message: str) -> None:
 
 def test_a_made_spec_is_what_a_call_describes() -> None:
     """`make_spec` says what `gdr._spec.describe` says of such arrays, but for the device."""
-    from gdr._spec import describe
+    from gdr._spec import OPERANDS, RAW_GATES, TOKENS, Form, describe
 
     x = gdr.testing.make_inputs(B=3, T=2, H=2, HV=4, K=8, V=6, layout="vk", num_slots=3)
     pool, slots = x.state, x.slots
     operands = {"q": x.q, "k": x.k, "v": x.v, "A_log": x.A_log, "dt_bias": x.dt_bias, "a": x.a, "b": x.b}
     operands |= {"initial_state": pool, "initial_slots": slots, "final_state": pool, "final_slots": slots}
-    want = describe("fused_recurrent", operands, {}, True, "vk", False)
+    form = Form("fused_recurrent", (*TOKENS, *RAW_GATES))
+    want = describe(form, tuple(map(operands.get, OPERANDS)), True, "vk", False)
     got = _warmup.make_spec("fused_recurrent", B=3, T=2, H=2, HV=4, K=8, V=6, dtype="float32", layout="vk")
     for name in ("op", "compute", "B", "T", "N", "H", "HV", "K", "V", "gates", "l2norm", "varlen", "layout"):
         assert getattr(got, name) == getattr(want, name)

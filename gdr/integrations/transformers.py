@@ -22,6 +22,7 @@ import torch
 import transformers
 
 from gdr import _backends, _inputs
+from gdr._spec import GIVEN_GATES, TOKENS, Form
 from gdr.chunk import chunk_gated_delta_rule
 from gdr.fused_recurrent import fused_recurrent_gated_delta_rule
 from gdr.integrations._torch import refuse_grad, with_unit_rows
@@ -37,7 +38,7 @@ _ATTRIBUTES = ("chunk_gated_delta_rule", "recurrent_gated_delta_rule")
 _GLOBALS = ("torch_chunk_gated_delta_rule", "torch_recurrent_gated_delta_rule")
 
 _UNDO = "_gdr_replaced"
-_NAMES = {"q": "query", "k": "key", "v": "value"}
+_UPDATE = Form("fused_recurrent", (*TOKENS, *GIVEN_GATES), {"q": "query", "k": "key", "v": "value"})
 
 
 def patch(model: Any) -> Any:
@@ -252,8 +253,8 @@ def _update(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """As `_recurrent`, but the state that comes back is `initial_state` itself: the cache need not copy it."""
     q, k, v, g, beta = _checked(query, key, value, g, beta, cu_seqlens)
-    operands = {"q": q, "k": k, "v": v, "g": g, "beta": beta}
-    states = {"initial_state": initial_state, "final_state": initial_state}
-    call = _inputs.prepare("fused_recurrent", operands | states, names=_NAMES, l2norm=use_qk_l2norm_in_kernel)
+    states = initial_state, None, initial_state, None
+    operands = q, k, v, None, None, None, None, None, g, beta, *states, None
+    call = _inputs.prepare(_UPDATE, operands, l2norm=use_qk_l2norm_in_kernel)
     _backends.run(call)
     return call.library.release(call.out), initial_state
