@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 from gdr import _arrays, _cuda_loader, _cuda_state
 from gdr import _cuda_fused_recurrent as recurrent
 from gdr._cuda_fused_recurrent import SIZES, TYPES
-from gdr._inputs import Call
+from gdr._inputs import Call, refuse_misaligned
 from gdr._ring import MAX_DRAFTS
 from gdr._spec import Spec
 
@@ -153,10 +153,12 @@ def _run(call: Call) -> None:
     if plan is None:
         plan = spec.plan[name] = Plan(call)
     pointer = plan.pointer
-    q, k = pointer(call.q), pointer(call.k)
+    q, k, v, out = pointer(call.q), pointer(call.k), pointer(call.v), pointer(call.out)
     state, slots = pointer(call.initial_state), pointer(call.initial_slots)
-    gates = (pointer(call.A_log), pointer(call.dt_bias), pointer(call.a), pointer(call.b))
-    operands = (q, k, pointer(call.v), pointer(call.out), *gates, state, slots, state, slots, 0)
+    A_log, dt_bias, a, b = pointer(call.A_log), pointer(call.dt_bias), pointer(call.a), pointer(call.b)
+    if (q | k | v | out | A_log | dt_bias | a | b | state | slots) & 7:
+        refuse_misaligned(call)
+    operands = (q, k, v, out, A_log, dt_bias, a, b, state, slots, state, slots, 0)
     scalars = (call.scale, call.softplus_beta, 1 / call.softplus_beta, call.softplus_threshold)
     parents = None if call.parents is None else _dense(call.parents)
     tree = (0, 0) if parents is None else (_arrays.pointer(parents), parents.dtype.itemsize)

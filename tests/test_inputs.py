@@ -12,7 +12,7 @@ import pytest
 from places import assert_same_bits, given, raw
 
 import gdr
-from gdr import _arrays, _cuda_fused_recurrent, _inputs
+from gdr import _arrays, _cuda_fused_recurrent, _cuda_ring, _inputs
 from gdr._spec import OPERANDS, RAW_GATES, TOKENS, Form
 from gdr.testing import make_inputs
 
@@ -377,20 +377,9 @@ class _Launched(Exception):
     pass
 
 
-def _device_call(op, operands, monkeypatch, **options):
-    """A call as a launcher gets it; running it raises _Launched where a kernel would start."""
-    form = Form(op, (*TOKENS, *RAW_GATES), {"initial_state": "initial_state_source"})
-    call = _inputs.prepare(form, tuple(map(operands.get, OPERANDS)), **options)
-    call.library = types.SimpleNamespace(stream=lambda device: 0, empty=np.empty, name="numpy")
-
-    class Launches(dict):
-        def get(self, variant):
-            raise _Launched
-
-    monkeypatch.setattr(_arrays.NumpyArrays, "pointer", lambda self, x: x.__array_interface__["data"][0])
-    call.spec.plan["fused_recurrent"] = plan = _cuda_fused_recurrent.Plan(call)
-    plan.launches = Launches()
-    return call
+class _Launches(dict):
+    def get(self, variant):
+        raise _Launched
 
 
 def _at_an_odd_address(x):
@@ -401,16 +390,28 @@ def _at_an_odd_address(x):
 
 
 @pytest.mark.parametrize("name", [None, "q", "v", "out", "A_log", "a", "initial_state", "initial_slots", "cu_seqlens"])
-def test_misaligned_elements_are_refused_before_a_launch(monkeypatch, name):
-    x = make_inputs(lengths=[2, 3], H=1, HV=2, K=4, V=4, dtype="float16")
-    operands = {n: getattr(x, n) for n in ("q", "k", "v", "a", "b", "A_log", "dt_bias", "cu_seqlens")}
+@pytest.mark.parametrize(("launcher", "plan"), [(_cuda_fused_recurrent, "fused_recurrent"), (_cuda_ring, "ring_step")])
+def test_misaligned_elements_are_refused_before_a_launch(monkeypatch, launcher, plan, name):
+    if launcher is _cuda_ring and name == "cu_seqlens":
+        pytest.skip("takes none")
+    lengths = {"lengths": [2, 3]} if launcher is _cuda_fused_recurrent else {"B": 2, "T": 1}
+    x = make_inputs(**lengths, H=1, HV=2, K=4, V=4, dtype="float16")
+    operands = {n: getattr(x, n) for n in ("q", "k", "v", "a", "b", "A_log", "dt_bias")}
     operands |= {"out": np.empty_like(x.v), "initial_state": x.state, "initial_slots": x.slots}
+    operands |= {} if x.cu_seqlens is None else {"cu_seqlens": x.cu_seqlens}
     operands = {n: y.copy() if n != name else _at_an_odd_address(y) for n, y in operands.items()}
     operands |= {"final_state": operands["initial_state"], "final_slots": operands["initial_slots"]}
-    call = _device_call("fused_recurrent", operands, monkeypatch)
+    form = Form("fused_recurrent", (*TOKENS, *RAW_GATES), {"initial_state": "initial_state_source"})
+    call = _inputs.prepare(form, tuple(map(operands.get, OPERANDS)))
     if name in ("initial_slots", "cu_seqlens"):  # on the host these were copied
         setattr(call, name, operands[name])
+    call.library = types.SimpleNamespace(stream=lambda device: 0)
+    call.ring = types.SimpleNamespace(entries=4)
+    monkeypatch.setattr(_arrays.NumpyArrays, "pointer", lambda self, x: x.__array_interface__["data"][0])
+    made = launcher.Plan(call)
+    made.launches = _Launches()
+    monkeypatch.setitem(call.spec.plan, plan, made)
     said = {"initial_state": "initial_state_source"}.get(name, name)
     wanted = (_Launched, None) if name is None else (ValueError, f"^{said}: expected elements at multiples of")
     with pytest.raises(wanted[0], match=wanted[1]):
-        _cuda_fused_recurrent.run(call)
+        launcher.run(call)
