@@ -37,14 +37,13 @@ L2_EPS = 1e-6
 
 # Tokens of a tile at most: its matrices grow with the square of it, and larger ones are slower anyway.
 MAX_CHUNK = 256
+# Where BLAS multiplies few rows at its full speed, the work that a larger tile adds brings nothing.
+MAX_THIN_CHUNK = 16
 # Rows that the inverse of a tile's triangle takes one by one, before it goes on by doubling.
 INVERSE_BASE = 16
 # Scratch of a job, in bytes: enough tiles to amortise NumPy's calls, few enough to stay in the caches.
 JOB_BYTES = 4 << 20
 MAX_CHUNKS_PER_GROUP = 8
-# Multiplications up to which OpenBLAS's kernels for AVX-512 multiply matrices where they are, at their best speed; the
-# library's own bound is about twice as high.
-SMALL_PRODUCT = 1 << 19
 # Below this many multiplications threads cost more than they bring.
 THREADING_THRESHOLD = 10_000_000
 # BLAS libraries may split products of more multiplications than this over threads.
@@ -106,7 +105,8 @@ class _States:
 
 def run(call: Call) -> None:
     """Fill ``call.out`` and ``call.final_state``."""
-    spec, chunk, threads = call.spec, min(call.chunk_size, MAX_CHUNK), _threads.thread_count()
+    spec, threads = call.spec, _threads.thread_count()
+    chunk = min(call.chunk_size, MAX_THIN_CHUNK if _threads.thin_products() else MAX_CHUNK)
     plan = spec.plan.get((chunk, threads))
     if plan is None:
         rows = live_rows(call)
@@ -362,7 +362,7 @@ def _advance(tiles: _Tiles, chunk: int, states: _States) -> None:
     values = tiles.values[:S, chunk]
     decay_in = tiles.decay_in[:S, chunk]
 
-    _multiply(tiles.keys_queries[:S, chunk, :, None], h, states.read)
+    np.matmul(tiles.keys_queries[:S, chunk, :, None], h, out=states.read)
     both *= decay_in[:, :, :, None, :, None]
     values -= both[:, :, :, 0]
     np.matmul(tiles.solve[:S, chunk], values, out=u)
@@ -370,21 +370,9 @@ def _advance(tiles: _Tiles, chunk: int, states: _States) -> None:
     values += both[:, :, :, 1]
 
     u *= tiles.decay_out[:S, chunk][..., None]
-    _multiply(tiles.keys[:S, chunk, :, None].swapaxes(-1, -2), u, written)
+    np.matmul(tiles.keys[:S, chunk, :, None].swapaxes(-1, -2), u, out=written)
     h *= decay_in[..., -1:, None]
     h += written
-
-
-def _multiply(x: np.ndarray, y: np.ndarray, out: np.ndarray) -> None:
-    """``out = x y``, by some rows of x at a time where BLAS is faster at products that it need not copy for."""
-    rows, (inner, columns) = x.shape[-2], y.shape[-2:]
-    if _threads.thin_products() and rows * inner * columns > SMALL_PRODUCT:
-        step = max(1, SMALL_PRODUCT // (inner * columns))
-        step = 1 << (step.bit_length() - 1)
-        if rows % step == 0:
-            x, y = x.reshape(*x.shape[:-2], -1, step, inner), y[..., None, :, :]
-            out = out.reshape(*out.shape[:-2], -1, step, columns)
-    np.matmul(x, y, out=out)
 
 
 def _load_states(call: Call, job: _Job, h: np.ndarray) -> None:

@@ -59,7 +59,7 @@ def chunk_gated_delta_rule(
     check : bool, optional
         Check the values of cu_seqlens.  None: on the host yes; on a device no, where it would synchronise.
     chunk_size : int, default 64
-        Most tokens a chunk; a backend may take fewer (Numba 16) or, on CUDA, always 64.  Only rounding depends on it.
+        Most tokens a chunk; CPUs may take fewer (16), CUDA always takes 64.  Only rounding depends on it.
     batch_invariant : bool, default False
         Make the bits of a sequence's result independent of the rest of the batch.
 

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+import tracemalloc
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -16,8 +17,8 @@ import pytest
 from threadpoolctl import threadpool_info
 
 import gdr
-from gdr import _threads
-from gdr.testing import make_inputs
+from gdr import _threads, reference
+from gdr.testing import assert_close, make_inputs
 
 
 def blas_threads():
@@ -217,6 +218,53 @@ print(interrupts)
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=False)
     assert int(done.stdout) > 100, done.stderr
+
+
+@pytest.mark.parametrize("thin", [False, True])
+@pytest.mark.parametrize("layout", ["kv", "vk"])
+@pytest.mark.parametrize("sizes", [{"K": 20, "V": 24}, {"K": 128, "V": 128}], ids=str)
+def test_whatever_products_blas_is_fast_at(thin, layout, sizes, monkeypatch):
+    monkeypatch.setenv("GDR_CPU", "numpy")
+    monkeypatch.setattr(_threads, "thin_products", lambda: thin)
+    x = make_inputs(B=3, T=75, H=2, HV=4, layout=layout, **sizes)
+    gates = gdr.gated_delta_rule_gate(x.A_log, x.a, x.dt_bias, x.b)
+    arguments, options = (x.q, x.k, x.v, *gates), {"output_final_state": True, "state_layout": layout}
+    want_o, want_h = reference.fused_recurrent_gated_delta_rule(*arguments, **options)
+    for run in (gdr.fused_recurrent_gated_delta_rule, gdr.chunk_gated_delta_rule):
+        o, h = run(*arguments, **options)
+        assert_close(o, want_o, rtol=1e-6, name="o")
+        assert_close(h, want_h, rtol=1e-6, name="h")
+    state = gdr.DeltaRuleState(
+        3, 4, **{f"head_{n.lower()}_dim": size for n, size in sizes.items()}, num_k_heads=2, A_log=x.A_log,
+        dt_bias=x.dt_bias, use_qk_l2norm=False, layout=layout,
+    )  # fmt: skip
+    slots = state.alloc(3)
+    for t in range(x.v.shape[1]):
+        o = state.step(*(y[:, t : t + 1] for y in (x.q, x.k, x.v, x.a, x.b)), slots)
+        assert_close(o, want_o[:, t : t + 1], rtol=1e-6, name="o")
+    assert_close(state.read(slots), want_h, rtol=1e-6, name="h")
+
+
+@pytest.mark.parametrize("cpu", ["numpy", "numba"])
+def test_scratch_does_not_grow_with_the_sequence(cpu, monkeypatch):
+    if cpu == "numba":
+        pytest.importorskip("numba")
+    monkeypatch.setenv("GDR_CPU", cpu)
+
+    def peak(T: int) -> int:
+        x = make_inputs(B=1, T=T, H=4, HV=8, K=128, V=128)
+        gates = gdr.gated_delta_rule_gate(x.A_log, x.a, x.dt_bias, x.b)
+        out = np.empty_like(x.v)
+        gdr.chunk_gated_delta_rule(x.q, x.k, x.v, *gates, out=out)
+        tracemalloc.start()
+        try:
+            gdr.chunk_gated_delta_rule(x.q, x.k, x.v, *gates, out=out)
+            return tracemalloc.get_traced_memory()[1]
+        finally:
+            tracemalloc.stop()
+
+    assert peak(1024) < peak(256) + (1 << 20)
+    assert peak(1024) < 32 << 20
 
 
 def _child(cpu, end):
