@@ -244,6 +244,28 @@ def test_tensors_that_cannot_be_used_are_refused(torch: Any) -> None:
             gdr.fused_recurrent_gated_delta_rule(x.q, x.k, v, x.g, x.beta)
 
 
+def test_a_tensor_is_recognised_by_all_that_is_known_of_it(torch: Any) -> None:
+    x = problem()
+    y = x.to("torch")
+    want, _ = gdr.fused_recurrent_gated_delta_rule(*operands(x))
+
+    def assert_right(v: Any) -> None:
+        assert_same_bits(gdr.fused_recurrent_gated_delta_rule(y.q, y.k, v, y.g, y.beta)[0], want)
+
+    apart = torch.full((*y.v.shape[:2], 2 * y.v.shape[2], y.v.shape[3]), torch.nan)[:, :, ::2]
+    apart.copy_(y.v)
+    swapped = y.v.swapaxes(2, 3).contiguous().swapaxes(2, 3)
+    for _ in range(2):
+        for v in (y.v, apart, swapped, torch.nn.Parameter(y.v, requires_grad=False)):
+            assert_right(v)
+        with pytest.raises(TypeError, match="no autograd"):
+            assert_right(y.v.clone().requires_grad_())
+        with pytest.raises(ValueError, match="v: "):
+            assert_right(y.v.flatten(2))
+        with pytest.raises(TypeError, match=r"v: expected .*dtype"):
+            assert_right(y.v.half())
+
+
 def test_tensors_that_require_grad_are_refused_unless_grad_is_off(torch: Any) -> None:
     x = problem().to("torch")
     want, _ = gdr.fused_recurrent_gated_delta_rule(*operands(x))

@@ -344,6 +344,23 @@ def test_a_call_that_was_described_before_is_checked_again():
         assert_refused(GIVEN[0], packed | {"cu_seqlens": slots(0, 4, 3)}, "cu_seqlens", ValueError)
 
 
+@pytest.mark.parametrize(
+    ("good", "equal"),
+    [
+        ({"scale": 1.0}, {"scale": True}),
+        ({"softplus_beta": 1.0}, {"softplus_beta": True}),
+        ({"softplus_threshold": 1.0}, {"softplus_threshold": np.True_}),
+        ({"use_qk_l2norm_in_kernel": False}, {"use_qk_l2norm_in_kernel": 0}),
+        ({"check": True}, {"check": 1}),
+        ({"disable_state_update": True}, {"disable_state_update": 1}),
+    ],
+)
+def test_a_scalar_of_a_wrong_type_is_refused_whatever_equals_it(good, equal):
+    for _ in range(2):
+        UPDATE(**good_call(UPDATE) | good)
+        assert_refused(UPDATE, good_call(UPDATE) | equal, *equal, TypeError)
+
+
 def test_equal_shapes_of_other_strides_are_other_calls():
     x = make_inputs(B=2, T=4, H=3, K=3, V=3)
     want, _ = gdr.fused_recurrent_gated_delta_rule(*given(x))
