@@ -59,7 +59,8 @@ class DeltaRuleState:
         "cpu", "cuda" or "cuda:1".
     ring : int, optional
         Tokens of a slot that `step` may leave pending before it writes them into the state in one go; 0: every step
-        writes the state.  By default what is fastest: 16 with NumPy, 0 with Numba and CUDA.
+        writes the state.  By default what is fastest: 16 with NumPy and, for states of 16 bits, with
+        Numba; else 0.
     stagger : bool, default False
         Let the first tokens of slot s be written after ``1 + s % ring`` of them, so that sequences that started
         together do not have all their states written in the same step.  The last bits of a result then depend on the
@@ -589,7 +590,11 @@ class DeltaRuleState:
         return call.library.release(call.out) if out is None else out
 
     def _default_ring(self) -> int:
-        return RING["cuda" if self.device != "cpu" else _backends.cpu_backend()]
+        if self.device != "cpu":
+            return RING["cuda"]
+        backend = _backends.cpu_backend()
+        # To round and store 16 bits at every step costs Numba more than the ring does.
+        return RING["numpy" if self.dtype in ("float16", "bfloat16") else backend]
 
     def _make_ring(self) -> Any:
         """The pool's ring, made the first time."""
