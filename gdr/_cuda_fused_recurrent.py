@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Callable
-from functools import partial, reduce
-from operator import attrgetter, itemgetter, or_
+from functools import partial
+from operator import attrgetter, itemgetter
 from typing import Any, NamedTuple
 
 from gdr import _arrays, _cuda_loader
@@ -64,7 +64,7 @@ class Launch(NamedTuple):
 
 
 class Plan:
-    """What every call with one `Spec` shares."""
+    """What the calls with one signature share."""
 
     def __init__(self, call: Call) -> None:
         self.spec = call.spec
@@ -75,7 +75,12 @@ class Plan:
         self.pointer = _pointer_of(call)
         # Takes the pointers of all operands out of a list that has those of the present ones, and then a 0.
         self.spread = itemgetter(*(present.index(name) if name in present else -1 for name in names))
-        self.one_state = call.final_state is call.initial_state  # a part of the signature
+        # The signature of a call has these in it.
+        self.one_state = call.final_state is call.initial_state
+        self.scalars = call.scale, call.softplus_beta, 1 / call.softplus_beta, call.softplus_threshold
+        # The first sequence of each launch, and how many it has.
+        N = self.spec.N
+        self.parts = [(first, min(N - first, _LARGEST_GRID)) for first in range(0, N, _LARGEST_GRID)]
         self.arguments = Arguments(_fixed(self.spec))
         self.launches: dict[tuple[bool, bool, bool], Launch] = {}
 
@@ -96,18 +101,16 @@ def run(call: Call) -> None:
     if plan is None:
         plan = spec.plan["fused_recurrent"] = Plan(call)
     pointers = plan.spread([*map(plan.pointer, plan.operands(call)), 0])
-    q, k = pointers[:2]
-    initial, read, final, written = pointers[8:12]
-    if reduce(or_, pointers) & 7:
+    q, k, v, out, A_log, dt_bias, a, b, initial, read, final, written, cu_seqlens = pointers
+    tokens, states = q | k, initial | final
+    if (tokens | states | v | out | A_log | dt_bias | a | b | read | written | cu_seqlens) & 7:
         refuse_misaligned(call)
-    variant = (not (q | k) & 15, not (initial | final) & 15, plan.one_state and read == written)
+    variant = (not tokens & 15, not states & 15, plan.one_state and read == written)
     launch = plan.launches.get(variant) or plan.launch(variant)
-    scalars = (call.scale, call.softplus_beta, 1 / call.softplus_beta, call.softplus_threshold)
     arguments, stream = plan.arguments, call.stream
-    for first in range(0, spec.N, _LARGEST_GRID):
-        arguments.pack_head(*pointers, *scalars, first)
-        grid = (launch.blocks, spec.H, min(spec.N - first, _LARGEST_GRID))
-        launch.kernel.launch(grid, launch.block, arguments, stream)
+    for first, count in plan.parts:
+        arguments.pack_head(*pointers, *plan.scalars, first)
+        launch.kernel.launch((launch.blocks, spec.H, count), launch.block, arguments, stream)
 
 
 def specializations(spec: Spec, gpu: _cuda_loader.Gpu) -> list[tuple[str, dict[str, _cuda_loader.Define]]]:
