@@ -187,17 +187,24 @@ def _run_job(call: Call, g: np.ndarray, beta: np.ndarray, job: _Job, scratch: Sc
     spec = call.spec
     sizes = job.heads, spec.HV // spec.H, job.tile, spec.K, spec.V, np.dtype(spec.compute)
     chunks = [len(_chunks(row, job.tokens)) for row in job.rows]
-    _load_states(call, job, scratch.make(_States, len(chunks), *sizes).h)
+    every = states = scratch.make(_States, len(chunks), *sizes)
+    _load_states(call, job, every.h)
     for first in range(0, chunks[0], job.group):
         last = min(first + job.group, chunks[0])
-        active = sum(count > first for count in chunks)
-        tiles = scratch.make(_Tiles, active, last - first, *sizes)
+        tiles = scratch.make(_Tiles, _count_above(chunks, first), last - first, *sizes)
         _prepare(call, g, beta, job, tiles, first, last, scratch)
         for chunk in range(first, last):
-            states = scratch.make(_States, sum(count > chunk for count in chunks), *sizes)
+            active = _count_above(chunks, chunk)
+            if active < len(states.h):
+                states = scratch.make(_States, active, *sizes)
             _advance(tiles, chunk - first, states)
         _store_outputs(call, job, first, tiles)
-    _store_states(call, job, scratch.make(_States, len(chunks), *sizes).h)
+    _store_states(call, job, every.h)
+
+
+def _count_above(chunks: list[int], chunk: int) -> int:
+    """How many of some sequences, the longest first, have more chunks."""
+    return len(chunks) if chunks[-1] > chunk else sum(count > chunk for count in chunks)
 
 
 def _spread(tiles: np.ndarray, tokens: np.ndarray, per_tile: int) -> None:
