@@ -1,10 +1,11 @@
 """Thousands of random calls, most of them malformed: a clear refusal that writes nothing, or the right
 answer.
 
-On the host every array that a call may write lies between canaries; on a device every array lies between guards
-of NaN, so that what is read outside an array shows in the answer.  GDR_FUZZ_CALLS sets the number of calls an
-operation, GDR_FUZZ_SEED the first seed, and GDR_FUZZ_GUARD the bytes of a guard; a failure names the seed of its
-call.  Under compute-sanitizer no guard and no pool of memory should lie between it and the ends of the arrays::
+On the host every array that a call may write lies between canaries; on a device, and on an emulated one, every
+array lies between guards of NaN, so that what is read outside an array shows in the answer.  GDR_FUZZ_CALLS sets the
+number of calls an operation, GDR_FUZZ_SEED the first seed, and GDR_FUZZ_GUARD the bytes of a guard; a failure names
+the seed of its call.  Under compute-sanitizer no guard and no pool of memory should lie between it and the ends of
+the arrays::
 
     GDR_FUZZ_GUARD=0 GDR_FUZZ_CALLS=100 compute-sanitizer python tests/test_fuzz.py
 """
@@ -14,7 +15,9 @@ from __future__ import annotations
 import inspect
 import os
 import warnings
+from functools import partial
 
+import emulated
 import ml_dtypes
 import numpy as np
 import pytest
@@ -26,6 +29,7 @@ from gdr.testing import make_inputs, relative_rms, to_numpy
 
 CALLS = int(os.environ.get("GDR_FUZZ_CALLS", "3400"))
 DEVICE_CALLS = int(os.environ.get("GDR_FUZZ_CALLS", "150"))  # new dtypes and sizes cost a compilation
+EMULATED_CALLS = int(os.environ.get("GDR_FUZZ_CALLS", "12"))
 FIRST_SEED = int(os.environ.get("GDR_FUZZ_SEED", "0"))
 GUARD = int(os.environ.get("GDR_FUZZ_GUARD", "4096"))
 REFUSALS = (TypeError, ValueError, IndexError)
@@ -73,26 +77,54 @@ class DeviceMemory:
         return self._copies[id(x)][1]
 
     def _copy(self, x):
-        import cupy
-
         reach = [step * (n - 1) for n, step in zip(x.shape, x.strides)] if x.size else []
         low, high = sum(r for r in reach if r < 0), sum(r for r in reach if r > 0) + x.itemsize * bool(x.size)
         first = GUARD + -(low // 16) * 16 + x.__array_interface__["data"][0] % 16  # as aligned as it was
         image = np.full(first + high + GUARD, 0xFF, np.uint8)
         np.ndarray(x.shape, x.dtype, image, first, x.strides)[...] = x
-        block = cupy.asarray(image)
+        block = self.bring(image)
         self.blocks.append((block, image, first, x))
+        return self.array(block, first, x)
+
+    def bring(self, image):
+        import cupy
+
+        return cupy.asarray(image)
+
+    def array(self, block, first, x):
+        """The array like x that begins at byte `first` of a block."""
+        import cupy
+
         return cupy.ndarray(x.shape, x.dtype, block.data + first, x.strides)
+
+    def fetch(self, x):
+        return to_numpy(x)
 
     def assert_untouched(self, written=()):
         """Check that nothing changed but elements of the arrays in `written` (host arrays)."""
         for block, image, first, x in self.blocks:
-            after, before = block.get(), image.copy()
+            after, before = self.fetch(block).copy(), image.copy()
             if any(x is y for y in written):
                 for bytes_ in (after, before):
                     elements = np.ndarray((*x.shape, x.itemsize), np.uint8, bytes_, first, (*x.strides, 1))
                     elements[...] = 0
             assert_same_bits(after, before, "memory that the call does not name")
+
+
+class EmulatedMemory(DeviceMemory):
+    """The same for the kernels on the host."""
+
+    def bring(self, image):
+        memory = np.empty(image.size + 512, np.uint8)
+        first = -memory.ctypes.data % 512  # where a device's allocator begins
+        memory[first : first + image.size] = image
+        return memory[first : first + image.size]
+
+    def array(self, block, first, x):
+        return emulated.on_device(np.ndarray(x.shape, x.dtype, block, first, x.strides))
+
+    def fetch(self, x):
+        return x.view(np.ndarray)
 
 
 HEAD_DIMS = [(K, V) for K in (1, 2, 3, 8, 17) for V in (1, 2, 5, 8)]
@@ -313,7 +345,7 @@ def run_one(operation, seed):
     return False
 
 
-def run_one_on_a_device(operation, seed):
+def run_one_on_a_device(operation, seed, memory=DeviceMemory):
     """As `run_one`, with arrays of a device; now and then one of them stays on the host."""
     rng = np.random.default_rng(seed)
     # Two sizes, for each is many a compilation; 16 columns and long sequences are what the chunk kernels take.
@@ -326,7 +358,7 @@ def run_one_on_a_device(operation, seed):
     arrays = [name for name, value in call.items() if isinstance(value, np.ndarray)]
     stays = arrays[rng.integers(len(arrays))] if arrays and rng.random() < 0.05 else None
     before = {name: call[name].copy() for name in arrays}
-    memory = DeviceMemory()
+    memory = memory()
     moved = {name: value if name == stays else memory.moved(value) for name, value in call.items()}
     try:
         result = operation(**moved)
@@ -341,7 +373,7 @@ def run_one_on_a_device(operation, seed):
         return False
     o = result if is_update else result[0]
     state = (moved.get("initial_state_source") if pool is not None else None) if is_update else result[1]
-    o, state = to_numpy(o), None if state is None else to_numpy(state)
+    o, state = memory.fetch(o), None if state is None else memory.fetch(state)
     rows = described_rows(call, is_update)
     if call.get("check") is True:
         assert rows is not None, "slots or offsets that should have been refused"
@@ -549,6 +581,18 @@ def test_drafts_are_refused_or_right(host):
 @pytest.mark.parametrize("operation", OPERATIONS)
 def test_refused_or_right_on_a_device(operation):
     search(operation, range(FIRST_SEED, FIRST_SEED + DEVICE_CALLS), run_one_on_a_device)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(emulated.COMPILER is None, reason="no g++")
+@pytest.mark.parametrize("operation", OPERATIONS)
+def test_refused_or_right_on_an_emulated_device(operation, monkeypatch, tmp_path):
+    with emulated.gpu(monkeypatch, tmp_path):
+        search(
+            operation,
+            range(FIRST_SEED, FIRST_SEED + EMULATED_CALLS),
+            partial(run_one_on_a_device, memory=EmulatedMemory),
+        )
 
 
 @pytest.mark.gpu
