@@ -56,12 +56,6 @@ struct Shared {
     float weighted[kEntries][kRows];  // for folds, by place_of
 };
 
-__device__ __forceinline__ void mma_tf32(float (&c)[4], const u32 (&a)[4], u32 b0, u32 b1) {
-    asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
-}
-
 // The 11 leading bits of a float32 number, and what they leave.
 __device__ __forceinline__ u32 leading(u32 x) { return x & 0xffffe000u; }
 __device__ __forceinline__ u32 rest(u32 x, u32 leading) {

@@ -44,9 +44,8 @@ struct Drafts {
     float2 (*coefficients)[kEntries + kMost];  // of updates of entries and drafts, in what a draft reads
 
     __device__ __forceinline__ explicit Drafts(int count) {
-        extern __shared__ __align__(16) char memory[];
         constexpr int kExchange = kVk ? 0 : kK * Exchange::kStride * bytes_of(kState);
-        char* next = memory + kExchange;
+        char* next = ptx::dynamic_shared() + kExchange;
         k = reinterpret_cast<SharedVector*>(next), next += count * sizeof(SharedVector);
         q = reinterpret_cast<SharedVector*>(next), next += count * sizeof(SharedVector);
         products = reinterpret_cast<float2(*)[kRows]>(next), next += count * sizeof(float2[kRows]);

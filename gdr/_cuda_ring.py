@@ -67,28 +67,24 @@ class Ring:
         K, V = last if layout == "kv" else last[::-1]
         self.H, self.HV, self.K, self.V = num_k_heads, HV, K, V
         self.entries = 16 if capacity <= 16 else 32
-        with pool.device:
-            self.keys = cupy.zeros((num_slots, num_k_heads, self.entries, K), pool.dtype)
-            self.updates = cupy.zeros((num_slots, HV, self.entries, V), pool.dtype)
-            self.gates = cupy.zeros((num_slots, 2, HV, self.entries), "float32")
-            self.key_scales = cupy.zeros((num_slots, 2, num_k_heads, self.entries), "float32")
-            self.fills = cupy.zeros((num_slots, 2), "uint32")
-            self.arrivals = cupy.zeros((num_slots, num_k_heads), "uint32")
-            self.parents = cupy.zeros((num_slots, MAX_DRAFTS), "int8")
+        self.device = int(_arrays.library_of(pool).meta(pool).device)  # the current one as well
+        self.keys = cupy.zeros((num_slots, num_k_heads, self.entries, K), pool.dtype)
+        self.updates = cupy.zeros((num_slots, HV, self.entries, V), pool.dtype)
+        self.gates = cupy.zeros((num_slots, 2, HV, self.entries), "float32")
+        self.key_scales = cupy.zeros((num_slots, 2, num_k_heads, self.entries), "float32")
+        self.fills = cupy.zeros((num_slots, 2), "uint32")
+        self.arrivals = cupy.zeros((num_slots, num_k_heads), "uint32")
+        self.parents = cupy.zeros((num_slots, MAX_DRAFTS), "int8")
         entries = (self.keys, self.updates, self.gates, self.key_scales)
         self._arrays = (*entries, self.fills, self.arrivals, self.parents)
-        self.pointers = tuple(x.data.ptr for x in self._arrays)
+        self.pointers = tuple(map(_pointer, self._arrays))
         self.scalars = (capacity, int(stagger), num_k_heads, HV)
+        self.folds: dict[tuple[int, bool], Fold] = {}
 
     @property
     def nbytes(self) -> int:
         """Bytes of memory that the ring takes."""
         return sum(x.nbytes for x in self._arrays)
-
-    @property
-    def device(self) -> int:
-        """Ordinal of the pool's device."""
-        return int(self.pool.device.id)
 
 
 class Arguments(_cuda_loader.Params):
@@ -161,7 +157,7 @@ def _run(call: Call) -> None:
     operands = (q, k, v, out, A_log, dt_bias, a, b, state, slots, state, slots, 0)
     scalars = (call.scale, call.softplus_beta, 1 / call.softplus_beta, call.softplus_threshold)
     parents = None if call.parents is None else _dense(call.parents)
-    tree = (0, 0) if parents is None else (_arrays.pointer(parents), parents.dtype.itemsize)
+    tree = (0, 0) if parents is None else (_pointer(parents), parents.dtype.itemsize)
     aligned = not (q | k) & 15
     launch, shared = plan.launches.get((aligned, ring.entries)) or plan.launch(aligned, ring.entries)
     stream = call.stream
@@ -192,8 +188,8 @@ def _commit(ring: Ring, slots: Any, accepted: Any) -> None:
     size = ring.pool.dtype.itemsize
     keys, updates, gates, key_scales, fills, _, parents = ring.pointers
     arguments.pack(
-        _arrays.pointer(slots),
-        0 if accepted is None else _arrays.pointer(accepted),
+        _pointer(slots),
+        0 if accepted is None else _pointer(accepted),
         *(keys, updates, gates, key_scales, fills, parents),
         ring.pool.shape[0],
         *(ring.H, ring.HV, ring.entries, ring.K * size, ring.V * size),
@@ -210,8 +206,7 @@ def read(ring: Ring, slots: Any) -> Any:
     """Copies of the states of slots with their pending tokens in them; zeros where a slot lies outside the pool."""
     import cupy
 
-    with ring.pool.device:
-        states = cupy.empty((len(slots), *ring.pool.shape[1:]), ring.pool.dtype)
+    states = cupy.empty((len(slots), *ring.pool.shape[1:]), ring.pool.dtype)
     _fold(ring, slots, states)
     return states
 
@@ -219,17 +214,13 @@ def read(ring: Ring, slots: Any) -> Any:
 def _fold(ring: Ring, slots: Any, into: Any) -> None:
     slots = None if slots is None else _dense(slots)
     N = ring.pool.shape[0] if slots is None else len(slots)
-    launch, arguments, shared = _fold_plan(
-        Shape(ring.H, ring.HV, ring.K, ring.V, ring.layout, ring.pool.dtype.name, ring.entries),
-        0 if slots is None else slots.dtype.itemsize,
-        into is None,
-        ring.device,
-    )
+    key = 0 if slots is None else slots.dtype.itemsize, into is None
+    launch, arguments, shared = ring.folds.get(key) or _make_fold(ring, *key)
     target = ring.pool if into is None else into
-    named = 0 if slots is None else _arrays.pointer(slots)
+    named = 0 if slots is None else _pointer(slots)
     rows = target.shape[0]
     for first in range(0, N, recurrent._LARGEST_GRID):
-        pointers = (*[0] * 8, ring.pool.data.ptr, named, target.data.ptr, 0, 0)
+        pointers = (*[0] * 8, _pointer(ring.pool), named, _pointer(target), 0, 0)
         arguments.pack_call((*pointers, *[0.0] * 4, first), ring)
         arguments.set_rows(ring.pool.shape[0], rows)
         grid = (launch.blocks, ring.H, min(N - first, recurrent._LARGEST_GRID))
@@ -248,18 +239,25 @@ class FoldArguments(Arguments):
         self._ROWS.pack_into(self.buffer, self._ROWS_AT, initial, final)
 
 
-@cache
-def _fold_plan(
-    shape: Shape, slot_bytes: int, in_place: bool, device: int
-) -> tuple[recurrent.Launch, FoldArguments, int]:
+class Fold(NamedTuple):
+    """A compiled fold, its arguments, and the dynamic shared memory that it needs."""
+
+    launch: recurrent.Launch
+    arguments: FoldArguments
+    shared: int
+
+
+def _make_fold(ring: Ring, slot_bytes: int, in_place: bool) -> Fold:
+    shape = Shape(ring.H, ring.HV, ring.K, ring.V, ring.layout, ring.pool.dtype.name, ring.entries)
     tile = pick_tile(shape, "ring_fold", 1 << 20, 1)
-    kernel = _cuda_loader.load("ring_fold", _fold_defines(shape, tile, slot_bytes, in_place), device)
+    kernel = _cuda_loader.load("ring_fold", _fold_defines(shape, tile, slot_bytes, in_place), ring.device)
     size = SIZES[shape.state_dtype]
     rows = shape.V if shape.layout == "vk" else shape.K
     strides = [shape.HV * shape.K * shape.V * size, shape.K * shape.V * size, shape.K * shape.V // rows * size]
-    fixed = (*[0] * 18, *strides, *strides, *[0] * 5, shape.HV // shape.H, *[0] * 4)
+    arguments = FoldArguments((*[0] * 18, *strides, *strides, *[0] * 5, shape.HV // shape.H, *[0] * 4))
     launch = recurrent.Launch(kernel, _blocks(shape, tile), (tile.threads, 1, 1))
-    return launch, FoldArguments(fixed), _shared(shape, tile, "ring_fold", 0)
+    fold = ring.folds[slot_bytes, in_place] = Fold(launch, arguments, _shared(shape, tile, "ring_fold", 0))
+    return fold
 
 
 def forget(ring: Ring, slots: Any) -> None:
@@ -452,6 +450,10 @@ def _state_defines(shape: Shape, tile: recurrent.Tile) -> dict[str, _cuda_loader
         "GDR_ENTRIES": shape.entries,
         **tile.defines,
     }
+
+
+def _pointer(x: Any) -> int:
+    return _arrays.library_of(x).pointer(x)
 
 
 def _dense(x: Any) -> Any:

@@ -13,6 +13,8 @@ import hashlib
 import re
 import shutil
 import subprocess
+import sys
+import types
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache
@@ -67,6 +69,21 @@ class _DeviceArrays(_arrays.NumpyArrays):
         return x.view(np.ndarray)
 
 
+def _cupy() -> types.SimpleNamespace:
+    """As much of CuPy as calls need."""
+
+    def zeros(shape: tuple[int, ...], dtype: Any) -> Any:
+        return np.zeros(shape, dtype).view(DeviceArray)
+
+    def empty(shape: tuple[int, ...], dtype: Any) -> Any:
+        return _DeviceArrays().empty(shape, np.dtype(dtype).name, 0)
+
+    def ascontiguousarray(x: Any) -> Any:
+        return np.ascontiguousarray(x).view(DeviceArray)
+
+    return types.SimpleNamespace(zeros=zeros, empty=empty, ascontiguousarray=ascontiguousarray)
+
+
 class Kernel:
     """A kernel compiled for the host; launched like the loader's."""
 
@@ -97,6 +114,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch, directory: Path, capability: int = 90) 
     with monkeypatch.context() as patch:
         patch.setitem(_arrays._by_type, DeviceArray, _DeviceArrays())
         patch.setattr(loader, "load", load)
+        patch.setitem(sys.modules, "cupy", _cupy())
         patch.setattr(loader, "describe_gpu", lambda device: card)
         patch.setattr(cuda_chunk, "describe_gpu", lambda device: card)
         patch.setattr(cuda_chunk, "_capturing", lambda stream: False)

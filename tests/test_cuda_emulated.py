@@ -10,9 +10,11 @@ import numpy as np
 import pytest
 from emulated import COMPILER, gpu, on_device, to_device
 from places import assert_same_bits, given
+from test_cuda_ring import Pool as RingPool
 
 import gdr
 from gdr import _cuda_chunk as cuda_chunk
+from gdr import _cuda_ring as cuda_ring
 from gdr import reference
 from gdr.testing import Inputs, assert_close, make_inputs
 
@@ -123,3 +125,38 @@ def test_gate(device: None) -> None:
     want = reference.gated_delta_rule_gate(x.A_log, x.a, x.dt_bias, x.b)
     for name, y, expected in zip(("g", "beta"), got, want):
         assert_close(host(y), expected, rtol=1e-6, name=name)
+
+
+class Ring(RingPool):
+    put = staticmethod(lambda x: on_device(np.ascontiguousarray(x)))
+
+
+# Kernels in float32 arithmetic and on tensor cores, of states of both widths and both layouts.
+@pytest.mark.parametrize(
+    ("layout", "dtype", "state_dtype"),
+    [
+        ("vk", "bfloat16", "float32"),
+        ("vk", "bfloat16", "bfloat16"),
+        ("vk", "float16", "float16"),
+        ("vk", "float32", "bfloat16"),
+        ("kv", "bfloat16", "float32"),
+        ("kv", "float32", "float16"),
+    ],
+)
+def test_rings(device: None, layout: str, dtype: str, state_dtype: str) -> None:
+    pool = Ring(3, 1, 2, 64, 80, layout=layout, dtype=dtype, state_dtype=state_dtype, capacity=5, stagger=True)
+    for slots in ([0, 1, 2], [2, -1, 0], [2, 3], [0, 1, 2], [2], [1, 0], [2, 0]):
+        pool.run(slots)
+    pool.check()
+    for T, accepted in ((3, [1, 3, 0]), (8, [8, 5, 1]), (16, [0, 9, 16]), (5, [5, 2, 4])):
+        slots = pool.rng.permutation(3)
+        parents = np.array([[int(pool.rng.integers(-1, t)) if t else -1 for t in range(T)] for _ in slots])
+        pool.run(slots, T, parents if T % 2 else None, draft=True)
+        pool.check()
+        pool.commit(slots, accepted)
+        pool.check()
+        pool.run(slots[:2])
+    cuda_ring.fold(pool.ring, pool.put(np.array([1, 3])))
+    pool.check()
+    cuda_ring.fold(pool.ring)
+    pool.check()

@@ -29,7 +29,12 @@ def device(x: Any) -> Any:
 
 
 class Pool:
-    """A pool with a ring, and beside it what float64 says of every slot."""
+    """A pool with a ring, and beside it what float64 says of every slot.
+
+    `put` brings an array to the device.
+    """
+
+    put = staticmethod(device)
 
     def __init__(
         self,
@@ -56,8 +61,8 @@ class Pool:
         pool = (states if layout == "kv" else states.swapaxes(-1, -2)).astype(numpy_dtype(state_dtype))
         self.states = self.as_kv(pool.astype(np.float64))
         self.drafts: dict[int, list[np.ndarray]] = {}
-        self.pool = device(pool)
-        self.gates = {"A_log": device(self.A_log), "dt_bias": device(self.dt_bias)}
+        self.pool = self.put(pool)
+        self.gates = {"A_log": self.put(self.A_log), "dt_bias": self.put(self.dt_bias)}
         self.ring = cuda_ring.Ring(self.pool, layout, H, capacity, stagger)
 
     def as_kv(self, states: Any) -> np.ndarray:
@@ -97,9 +102,9 @@ class Pool:
         """Run fresh tokens on the device and in float64, and compare the outputs."""
         slots = np.asarray(slots, np.int32)
         x = self.tokens(len(slots), T)
-        out = device(np.full_like(x["v"], np.nan))
-        there = None if parents is None else device(parents)
-        self.call({name: device(y) for name, y in x.items()}, device(slots), there, draft, out)
+        out = self.put(np.full_like(x["v"], np.nan))
+        there = None if parents is None else self.put(parents)
+        self.call({name: self.put(y) for name, y in x.items()}, self.put(slots), there, draft, out)
         want = np.zeros(x["v"].shape)
         for n, slot in enumerate(slots):
             if not 0 <= slot < len(self.states):
@@ -126,7 +131,7 @@ class Pool:
 
     def commit(self, slots: Any, accepted: Any) -> None:
         slots, accepted = np.asarray(slots, np.int32), np.asarray(accepted, np.int32)
-        cuda_ring.commit(self.ring, device(slots), device(accepted))
+        cuda_ring.commit(self.ring, self.put(slots), self.put(accepted))
         for slot, kept in zip(slots.tolist(), accepted):
             made = self.drafts.pop(slot, None)
             if made is None:
@@ -137,7 +142,7 @@ class Pool:
     def check(self, limit: float | None = None) -> None:
         """Compare the states of all slots, as `read` sees them, which changes nothing."""
         before = [to_numpy(x) for x in (self.pool, self.ring.fills)]
-        got = self.as_kv(to_numpy(cuda_ring.read(self.ring, device(np.arange(len(self.states))))).astype(np.float64))
+        got = self.as_kv(to_numpy(cuda_ring.read(self.ring, self.put(np.arange(len(self.states))))).astype(np.float64))
         limit = STATE[self.pool.dtype.name] if limit is None else limit
         assert relative_rms(got, self.states) <= limit
         for slot in range(len(self.states)):

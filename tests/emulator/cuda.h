@@ -104,6 +104,8 @@ inline void __syncwarp(unsigned = ~0u) {
 inline void __threadfence_block() {}
 inline void __threadfence() {}
 
+inline unsigned atomicAdd(unsigned* x, unsigned more) { return (*x += more) - more; }
+
 // What the lanes of a warp show each other.
 template <class T>
 const T* show(const T& x) {
@@ -125,6 +127,10 @@ T __shfl_xor_sync(unsigned, T x, int mask) {
 template <class T>
 T __shfl_up_sync(unsigned, T x, int distance) {
     return show(x)[max(current % 32 - distance, distance > current % 32 ? current % 32 : 0)];
+}
+template <class T>
+T __shfl_down_sync(unsigned, T x, int distance) {
+    return show(x)[current % 32 + (current % 32 + distance < 32 ? distance : 0)];
 }
 inline unsigned __ballot_sync(unsigned, bool x) {
     const bool* all = show(x);

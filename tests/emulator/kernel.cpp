@@ -2,7 +2,9 @@
 #include "cuda.h"
 #include SOURCE
 
-static Params params;
+template <class Argument>
+Argument argument_of(void (*)(Argument));
+static decltype(argument_of(KERNEL)) params;
 
 static void run_thread() {
     KERNEL(params);
@@ -10,7 +12,7 @@ static void run_thread() {
     swapcontext(&fibers[current].context, &scheduler);
 }
 
-extern "C" int size_of_params() { return sizeof(Params); }
+extern "C" int size_of_params() { return sizeof params; }
 
 // 0; 1 where threads wait for each other for ever.
 extern "C" int run(const void* arguments, int blocks_x, int blocks_y, int blocks_z, int threads_of_block) {

@@ -38,6 +38,14 @@ struct Operand {
     }
 };
 
+// The same with 8 of K and float32 operands, of which 11 bits count: lane 4 g + t has rows g and g + 8 of a, and column g
+// of b, for t and t + 4 of K.
+__device__ __forceinline__ void mma_tf32(float (&c)[4], const u32 (&a)[4], u32 b0, u32 b1) {
+    asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
 // A 16 x 16 float32 accumulator: two tiles of 8 columns.
 struct Tile {
     float x[2][4];

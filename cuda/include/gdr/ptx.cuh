@@ -101,6 +101,12 @@ __device__ __forceinline__ void wait_copies() {
 #endif
 }
 
+// The dynamic shared memory.
+__device__ __forceinline__ char* dynamic_shared() {
+    extern __shared__ __align__(16) char memory[];
+    return memory;
+}
+
 // Makes a register's value unknown to the compiler, which then converts it again where it is used rather than keep
 // the converted values alive.
 __device__ __forceinline__ void forget(u32& x) { asm volatile("" : "+r"(x)); }

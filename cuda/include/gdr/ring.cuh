@@ -290,16 +290,12 @@ struct Exchange {
     static constexpr int kStride = kRows + kChunk, kCopies = ceil_div(kK * (kRows / kChunk), kThreads);
     static_assert(kVk || kRows % kChunk == 0);
 
-    static __device__ __forceinline__ char* shared() {
-        extern __shared__ __align__(16) char exchange[];
-        return exchange;
-    }
     static __device__ __forceinline__ int k(int i) { return (threadIdx.x + i * kThreads) / (kRows / kChunk); }
     static __device__ __forceinline__ int column(int i) {
         return (threadIdx.x + i * kThreads) % (kRows / kChunk) * kChunk;
     }
     static __device__ __forceinline__ uint4* chunk(int i) {
-        return reinterpret_cast<uint4*>(at(shared(), kState, k(i) * kStride + column(i)));
+        return reinterpret_cast<uint4*>(at(ptx::dynamic_shared(), kState, k(i) * kStride + column(i)));
     }
     static __device__ __forceinline__ int valid(int i, int first_row) {
         return k(i) < kK ? kV - first_row - column(i) : 0;
@@ -389,7 +385,7 @@ struct StateTile {
 #pragma unroll
                     for (int i = 0; i < kChunk; ++i)
                         if (Part::first(j, part) + i < kK)
-                            gdr::store<kState>(Exchange::shared(),
+                            gdr::store<kState>(ptx::dynamic_shared(),
                                                (Part::first(j, part) + i) * Exchange::kStride + row + r * kWarpRows,
                                                x[i]);
                 }
@@ -474,8 +470,8 @@ struct StateTile {
         }
     }
     static __device__ __forceinline__ u32 load_shared(int index) {
-        if constexpr (kState == kFloat32) return reinterpret_cast<const u32*>(Exchange::shared())[index];
-        else return reinterpret_cast<const u16*>(Exchange::shared())[index];
+        if constexpr (kState == kFloat32) return reinterpret_cast<const u32*>(ptx::dynamic_shared())[index];
+        else return reinterpret_cast<const u16*>(ptx::dynamic_shared())[index];
     }
 };
 

@@ -29,6 +29,22 @@ struct Operand {
     }
 };
 
+inline void mma_tf32(float (&c)[4], const u32 (&a)[4], u32 b0, u32 b1) {
+    struct Operands {
+        float a[4], b[2];
+    } mine;
+    const auto cut = [](u32 x) { return __uint_as_float(x & 0xffffe000u); };
+    for (int i = 0; i < 4; ++i) mine.a[i] = cut(a[i]);
+    mine.b[0] = cut(b0), mine.b[1] = cut(b1);
+    const Operands* all = show(mine);
+    const int lane = threadIdx.x % 32;
+    for (int i = 0; i < 4; ++i) {
+        const int row = lane / 4, column = lane % 4 * 2 + i % 2;
+        for (int k = 0; k < 8; ++k)
+            c[i] += all[row * 4 + k % 4].a[i / 2 + k / 4 * 2] * all[column * 4 + k % 4].b[k / 4];
+    }
+}
+
 struct Tile {
     float x[2][4];
 

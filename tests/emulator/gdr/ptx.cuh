@@ -41,6 +41,12 @@ inline u32 load2(const void* from) {
     copy<2>(&x, from, from);
     return x;
 }
+inline void copy16(void* to, const void* from, bool exists) {
+    const u32 zeros[4] = {};
+    copy<16>(to, exists ? from : zeros, exists ? from : to);
+}
+inline void wait_copies() {}
+inline char* dynamic_shared() { return shared; }
 inline void forget(u32&) {}
 
 }  // namespace ptx
