@@ -210,7 +210,7 @@ def _store_copies(call: Call, rows: np.ndarray, final: np.ndarray) -> None:
 
 def flat(x: np.ndarray) -> np.ndarray:
     """A flat view of a state array that starts where it starts and spans all of it; 16-bit numbers as bits."""
-    bits = _BITS.get(x.dtype.name)
+    bits = _BITS.get(x.dtype.name) if x.itemsize == 2 else None  # a dtype's name takes microseconds
     if bits is not None:
         x = x.view(bits)
     if not x.flags.writeable:
