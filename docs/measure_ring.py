@@ -28,10 +28,12 @@ from gdr import _cuda_fused_recurrent as in_place
 from gdr import _cuda_ring as cuda_ring
 from gdr import _inputs
 from gdr._arrays import numpy_dtype
+from gdr._spec import OPERANDS, RAW_GATES, TOKENS, Form
 from provenance import provenance
 
 H, HV, D, CAPACITY, ROOM = 16, 32, 128, 16, 16
 POOL_BYTES = 512 << 20
+FORM = Form("fused_recurrent", (*TOKENS, *RAW_GATES))
 NOTE = (
     "Microseconds of a step, the mean over a period of 16 tokens, from replays of a CUDA graph over a pool of 512 MiB; "
     "H=16 HV=32, K=V=128, layout vk, bfloat16 q, k, v, a, b. Drafts are all committed, and the commit is in the time. "
@@ -67,7 +69,7 @@ def calls_of(pool: Any, B: int, T: int, kind: str) -> tuple[list[Callable[[], No
         x, named = inputs[i % len(inputs)], cupy.asarray(order[i * B : (i + 1) * B])
         state = {"initial_state": pool, "initial_slots": named, "final_state": pool, "final_slots": named}
         operands = {**head, **x, **state, "out": cupy.empty_like(x["v"])}
-        call = _inputs.prepare("fused_recurrent", operands, l2norm=True, layout="vk")
+        call = _inputs.prepare(FORM, tuple(map(operands.get, OPERANDS)), l2norm=True, layout="vk")
         if kind == "in place":
             return lambda: in_place.run(call)
         call.ring, call.draft = ring, kind == "verify"

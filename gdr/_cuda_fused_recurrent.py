@@ -17,12 +17,12 @@ from gdr._spec import OPERANDS, Spec
 
 TYPES = {None: -1, "float32": 0, "float16": 1, "bfloat16": 2}
 SIZES = {"float32": 4, "float16": 2, "bfloat16": 2}
-_LARGEST_GRID = 65535  # along y and z
+LARGEST_GRID = 65535  # along y and z
 
 # The C struct Params of recurrent.cuh: pointers, scalars and the first sequence of a launch; then what a Spec fixes.
-_HEAD = struct.Struct("13Q 4f I")
-_LAYOUT = _HEAD.format + "18q 6q 5q I 4i"
-PARAMS = dict.fromkeys(("fused_recurrent_kv", "fused_recurrent_vk"), _cuda_loader.Params(_LAYOUT))
+HEAD = struct.Struct("13Q 4f I")
+LAYOUT = HEAD.format + "18q 6q 5q I 4i"
+PARAMS = dict.fromkeys(("fused_recurrent_kv", "fused_recurrent_vk"), _cuda_loader.Params(LAYOUT))
 # The operands in the order of their pointers; g and beta take the place of a and b where those are given.
 _POINTERS = (
     *("q", "k", "v", "out", "A_log", "dt_bias", "a", "b"),
@@ -34,9 +34,9 @@ class Arguments(_cuda_loader.Params):
     """Params of which everything but the head is filled in once (in every thread)."""
 
     def __init__(self, fixed: tuple[int, ...]) -> None:
-        super().__init__(_LAYOUT)
+        super().__init__(LAYOUT)
         self.pack(*[0] * 18, *fixed)
-        self.pack_head = partial(_HEAD.pack_into, self.buffer, 0)  # fills in what differs from call to call
+        self.pack_head = partial(HEAD.pack_into, self.buffer, 0)  # fills in what differs from call to call
 
 
 class Tile(NamedTuple):
@@ -72,7 +72,7 @@ class Plan:
         names = [given.get(name, name) for name in _POINTERS]
         present = [name for name in names if getattr(call, name) is not None]
         self.operands = attrgetter(*present)
-        self.pointer = _pointer_of(call)
+        self.pointer = pointer_of(call)
         # Takes the pointers of all operands out of a list that has those of the present ones, and then a 0.
         self.spread = itemgetter(*(present.index(name) if name in present else -1 for name in names))
         # The signature of a call has these in it.
@@ -80,8 +80,8 @@ class Plan:
         self.scalars = call.scale, call.softplus_beta, 1 / call.softplus_beta, call.softplus_threshold
         # The first sequence of each launch, and how many it has.
         N = self.spec.N
-        self.parts = [(first, min(N - first, _LARGEST_GRID)) for first in range(0, N, _LARGEST_GRID)]
-        self.arguments = Arguments(_fixed(self.spec))
+        self.parts = [(first, min(N - first, LARGEST_GRID)) for first in range(0, N, LARGEST_GRID)]
+        self.arguments = Arguments(fixed(self.spec))
         self.launches: dict[tuple[bool, bool, bool], Launch] = {}
 
     def launch(self, variant: tuple[bool, bool, bool]) -> Launch:
@@ -137,13 +137,13 @@ def _specialize(spec: Spec, tile: Tile, variant: Variant) -> tuple[str, dict[str
         "GDR_RAW_GATES": spec.gates == "raw",
         "GDR_L2NORM": spec.l2norm,
         "GDR_ONE_TOKEN": _one_token(spec),
-        "GDR_CU_SEQLENS": _index_bytes(spec, "cu_seqlens"),
-        "GDR_INITIAL_SLOTS": _index_bytes(spec, "initial_slots"),
-        "GDR_FINAL_SLOTS": 0 if variant.in_place else _index_bytes(spec, "final_slots"),
+        "GDR_CU_SEQLENS": index_bytes(spec, "cu_seqlens"),
+        "GDR_INITIAL_SLOTS": index_bytes(spec, "initial_slots"),
+        "GDR_FINAL_SLOTS": 0 if variant.in_place else index_bytes(spec, "final_slots"),
         "GDR_IN_PLACE": variant.in_place,
         "GDR_ALIGNED_TOKENS": variant.tokens_aligned
-        and all(_whole_chunks(spec, name, chunk if spec.layout == "vk" else 4) for name in ("q", "k")),
-        "GDR_ALIGNED_STATES": variant.states_aligned and all(_whole_chunks(spec, name, chunk) for name in states),
+        and all(whole_chunks(spec, name, chunk if spec.layout == "vk" else 4) for name in ("q", "k")),
+        "GDR_ALIGNED_STATES": variant.states_aligned and all(whole_chunks(spec, name, chunk) for name in states),
         "GDR_DENSE_STATES": all(spec.strides[name][2] == row for name in states),
         **tile.defines,
     }
@@ -204,18 +204,18 @@ def _one_token(spec: Spec) -> bool:
     return spec.T == 1 and not spec.varlen
 
 
-def _index_bytes(spec: Spec, name: str) -> int:
+def index_bytes(spec: Spec, name: str) -> int:
     return {None: 0, "int32": 4, "int64": 8}[spec.dtypes.get(name)]
 
 
-def _whole_chunks(spec: Spec, name: str, chunk: int) -> bool:
+def whole_chunks(spec: Spec, name: str, chunk: int) -> bool:
     """Whether rows are whole chunks, and aligned to 16 bytes wherever the array itself is."""
     strides, shape = spec.strides[name], spec.shapes[name]
     steps = [stride for stride, extent in zip(strides[:-1], shape[:-1]) if extent > 1]
     return shape[-1] % chunk == 0 and not any(step * SIZES[spec.dtypes[name]] % 16 for step in steps)
 
 
-def _fixed(spec: Spec) -> tuple[int, ...]:
+def fixed(spec: Spec) -> tuple[int, ...]:
     """The fields of Params that a Spec fixes, in order; strides in bytes."""
 
     def strides(name: str, count: int) -> list[int]:
@@ -234,7 +234,7 @@ def _fixed(spec: Spec) -> tuple[int, ...]:
     )
 
 
-def _pointer_of(call: Call) -> Callable[[Any], int]:
+def pointer_of(call: Call) -> Callable[[Any], int]:
     """The quickest way to the pointers of a call's arrays, which all calls with its `Spec` can take."""
     operands = [getattr(call, name) for name in OPERANDS]
     libraries = {_arrays.library_of(x) for x in operands if x is not None}

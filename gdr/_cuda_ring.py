@@ -21,8 +21,8 @@ MAX_CAPACITY = 32
 
 # The C struct RingParams of ring.cuh: Params, then RingArrays, which begins at a multiple of 8 bytes.
 _ARRAYS = struct.Struct("8Q 5I")
-_LAYOUT = recurrent._LAYOUT + "0Q" + _ARRAYS.format
-_ARRAYS_AT = struct.calcsize(recurrent._LAYOUT + "0Q")
+_LAYOUT = recurrent.LAYOUT + "0Q" + _ARRAYS.format
+_ARRAYS_AT = struct.calcsize(recurrent.LAYOUT + "0Q")
 _COMMIT = "8Q q 5I"
 PARAMS = {
     **dict.fromkeys(("ring_step", "ring_verify", "ring_mma", "ring_fold"), _cuda_loader.Params(_LAYOUT)),
@@ -96,7 +96,7 @@ class Arguments(_cuda_loader.Params):
 
     def pack_call(self, head: tuple[float, ...], ring: Ring, parents: int = 0, parent_bytes: int = 0) -> None:
         """Fill in what differs from call to call."""
-        recurrent._HEAD.pack_into(self.buffer, 0, *head)
+        recurrent.HEAD.pack_into(self.buffer, 0, *head)
         _ARRAYS.pack_into(self.buffer, _ARRAYS_AT, *ring.pointers, parents, *ring.scalars, parent_bytes)
 
 
@@ -117,8 +117,8 @@ class Plan:
 
     def __init__(self, call: Call) -> None:
         self.spec, self.draft = call.spec, bool(call.draft)
-        self.pointer = recurrent._pointer_of(call)
-        self.arguments = Arguments(recurrent._fixed(self.spec))
+        self.pointer = recurrent.pointer_of(call)
+        self.arguments = Arguments(recurrent.fixed(self.spec))
         self.launches: dict[tuple[bool, int], tuple[recurrent.Launch, int]] = {}
 
     def launch(self, aligned: bool, entries: int) -> tuple[recurrent.Launch, int]:
@@ -161,9 +161,9 @@ def _run(call: Call) -> None:
     aligned = not (q | k) & 15
     launch, shared = plan.launches.get((aligned, ring.entries)) or plan.launch(aligned, ring.entries)
     stream = call.stream
-    for first in range(0, spec.N, recurrent._LARGEST_GRID):
+    for first in range(0, spec.N, recurrent.LARGEST_GRID):
         plan.arguments.pack_call((*operands, *scalars, first), ring, *tree)
-        grid = (launch.blocks, spec.H, min(spec.N - first, recurrent._LARGEST_GRID))
+        grid = (launch.blocks, spec.H, min(spec.N - first, recurrent.LARGEST_GRID))
         launch.kernel.launch(grid, launch.block, plan.arguments, stream, shared)
 
 
@@ -219,11 +219,11 @@ def _fold(ring: Ring, slots: Any, into: Any) -> None:
     target = ring.pool if into is None else into
     named = 0 if slots is None else _pointer(slots)
     rows = target.shape[0]
-    for first in range(0, N, recurrent._LARGEST_GRID):
+    for first in range(0, N, recurrent.LARGEST_GRID):
         pointers = (*[0] * 8, _pointer(ring.pool), named, _pointer(target), 0, 0)
         arguments.pack_call((*pointers, *[0.0] * 4, first), ring)
         arguments.set_rows(ring.pool.shape[0], rows)
-        grid = (launch.blocks, ring.H, min(N - first, recurrent._LARGEST_GRID))
+        grid = (launch.blocks, ring.H, min(N - first, recurrent.LARGEST_GRID))
         launch.kernel.launch(grid, launch.block, arguments, _stream(ring, slots), shared)
 
 
@@ -232,7 +232,7 @@ class FoldArguments(Arguments):
 
     # Where initial_rows and final_rows are in Params.
     _ROWS = struct.Struct("2q")
-    _ROWS_AT = struct.calcsize(recurrent._HEAD.format + "0Q 26q")
+    _ROWS_AT = struct.calcsize(recurrent.HEAD.format + "0Q 26q")
 
     def set_rows(self, initial: int, final: int) -> None:
         """Fill in the extents of the two state arrays."""
@@ -304,7 +304,7 @@ def _kernels() -> dict[str, Any]:
 def specializations(spec: Spec, gpu: _cuda_loader.Gpu) -> list[tuple[str, dict[str, _cuda_loader.Define]]]:
     """List the kernels of a pool with a ring that aligned steps (T = 1) or verifications use."""
     shape = _shape_of(spec, 16)
-    slots = recurrent._index_bytes(spec, "initial_slots")
+    slots = recurrent.index_bytes(spec, "initial_slots")
     jobs = []
     for draft in (False, True) if spec.T == 1 else (True,):
         stem, _, defines = _specialize(spec, shape, draft, True, gpu)
@@ -412,10 +412,9 @@ def _defines(
         "GDR_RAW_GATES": spec.gates == "raw",
         "GDR_L2NORM": spec.l2norm,
         "GDR_ONE_TOKEN": one_token,
-        "GDR_INITIAL_SLOTS": recurrent._index_bytes(spec, "initial_slots"),
+        "GDR_INITIAL_SLOTS": recurrent.index_bytes(spec, "initial_slots"),
         "GDR_IN_PLACE": True,
-        "GDR_ALIGNED_TOKENS": aligned
-        and all(recurrent._whole_chunks(spec, name, _chunk(shape)) for name in ("q", "k")),
+        "GDR_ALIGNED_TOKENS": aligned and all(recurrent.whole_chunks(spec, name, _chunk(shape)) for name in ("q", "k")),
     }
 
 
