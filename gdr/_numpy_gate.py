@@ -34,7 +34,7 @@ def gates(call: Call) -> tuple[np.ndarray, np.ndarray]:
         softplus = np.logaddexp(dtype.type(0), scaled)
         if softplus_beta != 1:
             softplus /= dtype.type(softplus_beta)
-        if threshold < EXACT_FROM[dtype.name]:
+        if threshold < EXACT_FROM[call.spec.compute]:
             np.copyto(softplus, g, where=~(scaled <= threshold))
         g = np.multiply(softplus, -np.exp(np.asarray(call.A_log, dtype)), out=softplus)
     shape = (call.spec.B, call.spec.T, call.spec.HV)

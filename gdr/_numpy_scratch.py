@@ -13,9 +13,8 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from gdr import _threads
-
-# Scratch that is kept for each thread, and arrays made of it that it remembers.
+# What is kept: so many, each of up to so much memory, which remembers so many arrays made of it.
+MAX_KEPT = 8
 KEPT_BYTES = 32 << 20
 MAX_MADE = 64
 
@@ -63,5 +62,5 @@ def scratch_of_its_own() -> Iterator[Scratch]:
     except IndexError:
         scratch = Scratch()
     yield scratch
-    if scratch.nbytes <= KEPT_BYTES and len(_kept) <= _threads.thread_count():
+    if scratch.nbytes <= KEPT_BYTES and len(_kept) < MAX_KEPT:
         _kept.append(scratch)
