@@ -41,6 +41,7 @@ html_theme = "pydata_sphinx_theme"
 html_title = "gdr"
 html_static_path = ["_static"]
 html_css_files = ["gdr.css"]
+html_favicon = "_static/favicon.svg"
 html_theme_options = {
     "navbar_align": "left",
     "show_toc_level": 2,
