@@ -73,8 +73,8 @@ class Cut(NamedTuple):
 class Plan:
     """What every call with one `Spec` shares."""
 
-    def __init__(self, spec: Spec, cut: Cut) -> None:
-        self.spec, self.cut = spec, cut
+    def __init__(self, spec: Spec, cut: Cut, wide: bool = False) -> None:
+        self.spec, self.cut, self.wide = spec, cut, wide
         self.raw = spec.gates == "raw"
         gpu = describe_gpu(int(spec.device))
         self.chunks = count_chunks(spec)
@@ -117,7 +117,7 @@ class Plan:
         """Compile the kernels, once."""
         kernels = self.kernels[aligned] = tuple(
             _cuda_loader.load(stem, defines, int(self.spec.device))
-            for stem, defines in _specialize(self.spec, self.cut, aligned)
+            for stem, defines in _specialize(self.spec, self.cut, aligned, self.wide)
         )
         return kernels
 
@@ -125,11 +125,11 @@ class Plan:
 def run(call: Call) -> None:
     """Fill ``call.out`` and ``call.final_state``."""
     spec = call.spec
-    key = "chunk, batch invariant" if call.batch_invariant else "chunk"
-    plan = spec.plan.get(key)
+    plan = spec.plan.get("chunk")
     if plan is None:
         cut = pick_cut(spec, call.batch_invariant, describe_gpu(int(spec.device)))
-        plan = spec.plan[key] = _cuda_fused_recurrent if cut is None else Plan(spec, cut)
+        plan = _cuda_fused_recurrent if cut is None else Plan(spec, cut, call.wide_range)
+        spec.plan["chunk"] = plan
     if isinstance(plan, Plan):
         _run(call, plan)
     else:
@@ -144,9 +144,7 @@ def _run(call: Call, plan: Plan) -> None:
     aligned = not (q | k | v | out) & 15 and plan.fixed.aligned
     prepare, *walks = plan.kernels.get(aligned) or plan.load(aligned)
     stream = call.stream
-    workspace = call.library.empty((plan.workspace,), "uint8", spec.device)
-    if call.library.name != "torch" and _capturing(stream):
-        _captured.append(workspace)
+    workspace = _workspace(call, plan, stream)  # a reference until all is launched
     tiles = pointer(workspace)
     head_tiles = tiles + plan.at_once * plan.key_tiles
     carried = tiles + plan.workspace - 2 * plan.carried
@@ -179,6 +177,27 @@ def _run(call: Call, plan: Plan) -> None:
             prepare.launch(grid, (128, 1, 1), _params, stream, plan.prepare_shared)
         for kernel, (blocks, threads, shared) in zip(walks, plan.grids):
             kernel.launch((blocks, 1, 1), (threads, 1, 1), _params, stream, shared)
+
+
+def _workspace(call: Call, plan: Plan, stream: int) -> Any:
+    """Scratch of a call, lent by the caller or allocated."""
+    lent = call.workspace
+    if lent is None:
+        workspace = call.library.empty((plan.workspace,), "uint8", call.spec.device)
+        if call.library.name != "torch" and _capturing(stream):
+            _captured.append(workspace)
+        return workspace
+    if lent.shape[0] < plan.workspace:
+        raise ValueError(f"workspace: expected at least {plan.workspace} bytes, got {lent.shape[0]}")
+    if _arrays.pointer(lent) % 128:
+        raise ValueError("workspace: expected an address that is a multiple of 128")
+    return lent
+
+
+def scratch(call: Call) -> int:
+    """Bytes of scratch that a call needs."""
+    cut = pick_cut(call.spec, call.batch_invariant, describe_gpu(int(call.spec.device)))
+    return 0 if cut is None else Plan(call.spec, cut).workspace
 
 
 def count_chunks(spec: Spec) -> int:
@@ -270,13 +289,15 @@ def specializations(spec: Spec, gpu: Gpu) -> list[tuple[str, dict[str, _cuda_loa
     return _specialize(spec, cut, True)
 
 
-def _specialize(spec: Spec, cut: Cut, aligned: bool) -> list[tuple[str, dict[str, _cuda_loader.Define]]]:
+def _specialize(
+    spec: Spec, cut: Cut, aligned: bool, wide: bool = False
+) -> list[tuple[str, dict[str, _cuda_loader.Define]]]:
     """Stems and definitions of a call's kernels, in order."""
     shared: dict[str, _cuda_loader.Define] = {
         "GDR_QKV": TYPES[spec.dtype],
         "GDR_K": spec.K,
         "GDR_VARLEN": spec.varlen,
-        "GDR_WIDE": False,
+        "GDR_WIDE": wide,
         "GDR_ALIGNED": aligned,
     }
     state: dict[str, _cuda_loader.Define] = {

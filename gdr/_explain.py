@@ -55,9 +55,12 @@ def _lines(call: Call) -> list[str]:
     spec = call.spec
     backend = _backends.backend(spec)
     kernels: list[tuple[str, dict[str, Any]]] = []
+    scratch = []
     if backend == "cuda":
-        gpu = _cuda_loader.describe_gpu(int(spec.device))
-        kernels = _backends.module(spec).specializations(spec, gpu)
+        module, gpu = _backends.module(spec), _cuda_loader.describe_gpu(int(spec.device))
+        kernels = module.specializations(spec, gpu)
+        if spec.op == "chunk":
+            scratch = [f"scratch: {module.scratch(call)} bytes"]
     return [
         _problem(spec),
         f"form: {_form(call, [stem for stem, _ in kernels])}",
@@ -66,6 +69,7 @@ def _lines(call: Call) -> list[str]:
             " ".join([f"kernel: {stem}", *(f"{name.removeprefix('GDR_')}={int(x)}" for name, x in defines.items())])
             for stem, defines in kernels
         ),
+        *scratch,
     ]
 
 

@@ -34,12 +34,13 @@ class Call:
     """
 
     spec: Spec
+    library: Any
     scale: float
     softplus_beta: float
     softplus_threshold: float
-    library: Any
     chunk_size: int = 64
     batch_invariant: bool = False
+    wide_range: bool = False
     q: Any = None
     k: Any = None
     v: Any = None
@@ -57,6 +58,7 @@ class Call:
     cu_seqlens: Any = None
     ring: Any = None  # the pool's `Ring`, where the writes are left to it
     draft: Any = False  # nothing is committed: what the tokens would write is kept as drafts
+    workspace: Any = None  # scratch that the caller lends
     parents: Any = None  # the draft before each draft, [N, T]; None for a chain
     whole: Any = False  # an interrupt must find all states written, or none
     names: Any = None  # what the caller calls an operand where that differs
@@ -99,6 +101,7 @@ def prepare(
     softplus_threshold: float = 20.0,
     chunk_size: int = 64,
     batch_invariant: bool = False,
+    wide_range: bool = False,
     output_final_state: bool = False,
     check: bool | None = None,
 ) -> Call:
@@ -117,7 +120,7 @@ def prepare(
     """
     options = (
         *(scale, l2norm, layout, softplus_beta, softplus_threshold),
-        *(chunk_size, batch_invariant, output_final_state, check),
+        *(chunk_size, batch_invariant, wide_range, output_final_state, check),
     )
     # A state that is updated in place, and its slots, come twice: they are signed once.
     once = operands[12] is operands[10], operands[13] is operands[11]
@@ -166,10 +169,10 @@ def _picker(places: list[int]) -> Callable[[tuple], Any]:
 
 def _check(signature: tuple, form: Form, operands: tuple[Any, ...], options: tuple[Any, ...]) -> _Checked:
     """Check everything that a signature says of a call, and remember it."""
-    scale, l2norm, layout, *softplus, chunk_size, batch_invariant, output_final_state, check = _check_options(*options)
+    scale, l2norm, layout, *softplus_and_chunks, output_final_state, check = _check_options(*options)
     spec = describe(form, operands, l2norm, layout, output_final_state)
     library = _arrays.library_of(operands[OPERANDS.index("a" if form.op == "gate" else "v")])
-    head = spec, spec.K**-0.5 if scale is None else scale, *softplus, library, chunk_size, batch_invariant
+    head = spec, library, spec.K**-0.5 if scale is None else scale, *softplus_and_chunks
     checked = _Checked(head, spec, bool(check or (check is None and spec.device == "cpu")))
     if len(_specs) >= _MAX_SPECS:
         _specs.clear()
@@ -185,6 +188,7 @@ def _check_options(
     softplus_threshold: Any,
     chunk_size: Any,
     batch_invariant: Any,
+    wide_range: Any,
     output_final_state: Any,
     check: Any,
 ) -> tuple[Any, ...]:
@@ -194,6 +198,7 @@ def _check_options(
         raise ValueError(f"state_layout: expected 'kv' or 'vk', got {layout!r}")
     check_whole_number("chunk_size", chunk_size)
     check_flag("batch_invariant", batch_invariant)
+    check_flag("wide_range", wide_range)
     check_flag("output_final_state", output_final_state)
     if check is not None:
         check_flag("check", check)
@@ -205,6 +210,7 @@ def _check_options(
         number("softplus_threshold", softplus_threshold),
         int(chunk_size),
         bool(batch_invariant),
+        bool(wide_range),
         bool(output_final_state),
         check,
     )
@@ -240,6 +246,21 @@ def refuse_misaligned(call: Call) -> None:
                 f"{call.names.get(name, name)}: expected elements at multiples of {size} bytes, "
                 f"got an array that begins at {_arrays.pointer(x):#x}"
             )
+
+
+def check_workspace(call: Call, workspace: Any) -> None:
+    """Let a call use scratch that the caller lends."""
+    if call.spec.device == "cpu":
+        raise ValueError("workspace: is for arrays on a CUDA device; on the host scratch is kept from call to call")
+    library = _arrays.library_of(workspace)
+    if library is None:
+        raise TypeError(f"workspace: expected an array of uint8, got {type(workspace).__name__}")
+    shape, strides, dtype, device = library.meta(workspace)
+    if device != call.spec.device:
+        raise TypeError(f"workspace: expected an array on CUDA device {call.spec.device}, got one on {device}")
+    if dtype != "uint8" or len(shape) != 1 or strides != (1,):
+        raise TypeError(f"workspace: expected a dense uint8 array of one axis, got {dtype} of shape {list(shape)}")
+    call.workspace = library.adopt(workspace)
 
 
 def number(name: str, value: Any) -> float:

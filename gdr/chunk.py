@@ -27,6 +27,8 @@ def chunk_gated_delta_rule(
     check: bool | None = None,
     chunk_size: int = 64,
     batch_invariant: bool = False,
+    wide_range: bool = False,
+    workspace: Any | None = None,
 ) -> tuple[Any, Any | None]:
     """Gated delta rule by chunks of tokens, from ready gates: for long sequences.
 
@@ -62,6 +64,13 @@ def chunk_gated_delta_rule(
         Most tokens a chunk; CPUs may take fewer (16), CUDA always takes 64.  Only rounding depends on it.
     batch_invariant : bool, default False
         Make the bits of a sequence's result independent of the rest of the batch.
+    wide_range : bool, default False
+        On CUDA, round what products multiply to bfloat16 instead of float16, whose range ends at 65504: for keys that
+        are not normalised, huge values or states.  Errors grow from 2e-3 to 5e-3 of the outputs.  On the host nothing
+        changes: products are of float32.
+    workspace : array of uint8 on the call's device, shape [bytes], optional
+        Scratch memory that calls on one stream may share, for CUDA only.  `gdr.explain` says how much a call needs; by
+        default it comes from the allocator of v's library.
 
     Returns
     -------
@@ -75,7 +84,7 @@ def chunk_gated_delta_rule(
     TypeError
         A wrong type or dtype, or arrays on different devices.
     ValueError
-        A shape, layout or scalar that does not fit; offsets that are not sorted.
+        A shape, layout or scalar that does not fit; offsets that are not sorted; a workspace that is too small.
 
     Notes
     -----
@@ -101,7 +110,10 @@ def chunk_gated_delta_rule(
         check=check,
         chunk_size=chunk_size,
         batch_invariant=batch_invariant,
+        wide_range=wide_range,
     )
+    if workspace is not None:
+        _inputs.check_workspace(call, workspace)
     _backends.run(call)
     release = call.library.release
     return release(call.out) if out is None else out, release(call.final_state) if output_final_state else None

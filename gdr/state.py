@@ -337,6 +337,7 @@ class DeltaRuleState:
         cu_seqlens: Any | None = None,
         *,
         out: Any | None = None,
+        workspace: Any | None = None,
     ) -> Any:
         """Run many tokens of each sequence and update the states: chunkwise for long sequences, else token by token.
 
@@ -352,6 +353,8 @@ class DeltaRuleState:
             Offsets of packed sequences along T; B is then 1.
         out : array, v's shape and dtype, optional
             Where the output goes.
+        workspace : array of uint8 on the pool's device, shape [bytes], optional
+            Scratch memory, as of `chunk_gated_delta_rule`; not needed where tokens run one by one.
 
         Returns
         -------
@@ -366,7 +369,7 @@ class DeltaRuleState:
         if cu_seqlens is not None and getattr(cu_seqlens, "ndim", 0) == 1:
             tokens /= max(1, len(cu_seqlens) - 1)
         op = "chunk" if tokens >= CHUNK_FROM[self.device.partition(":")[0]] else "fused_recurrent"
-        return self._run(op, q, k, v, a, b, slots, cu_seqlens, out)
+        return self._run(op, q, k, v, a, b, slots, cu_seqlens, out, workspace=workspace)
 
     def verify(
         self,
@@ -558,6 +561,7 @@ class DeltaRuleState:
         out: Any | None,
         draft: bool = False,
         parents: Any | None = None,
+        workspace: Any | None = None,
     ) -> Any:
         if self.A_log is None:
             raise ValueError("A_log: this state was made without it, so it can be read and written but not run")
@@ -580,6 +584,8 @@ class DeltaRuleState:
             softplus_beta=self.softplus_beta,
             softplus_threshold=self.softplus_threshold,
         )
+        if workspace is not None:
+            _inputs.check_workspace(call, workspace)
         call.whole = self.device == "cpu"
         call.draft, call.parents = draft, parents
         if draft or (self.ring and _is_step(call.spec)):

@@ -131,8 +131,8 @@ def _build(stem: str, defines: tuple[tuple[str, loader.Define], ...], directory:
     file, library = directory / f"{stem}_{tag}.cu", directory / f"{stem}_{tag}.so"
     file.write_text(text)
     assert COMPILER
-    options = ["-std=c++20", "-O2", "-w", "-shared", "-fPIC", f'-DSOURCE="{file}"', f"-DKERNEL={stem}"]
-    options += [f"-D__CUDA_ARCH__={10 * max(source.requires, 80)}"]
+    options = ["-std=c++20", "-O2", "-w", "-shared", "-fPIC", "-fno-gnu-unique"]
+    options += [f'-DSOURCE="{file}"', f"-DKERNEL={stem}", f"-D__CUDA_ARCH__={10 * max(source.requires, 80)}"]
     includes = [f"-I{HERE}", f"-I{loader.sources() / 'include'}"]
     subprocess.run([COMPILER, *options, *includes, str(HERE / "kernel.cpp"), "-o", str(library)], check=True)
     return ctypes.CDLL(str(library))

@@ -439,3 +439,18 @@ def problems(draw):
 def test_any_problem(place, problem):
     x, options = problem
     assert_chunk(place, x, **options)
+
+
+def test_scratch_is_lent_on_cuda_only() -> None:
+    x = make_inputs(B=1, T=20, H=1, HV=1, K=8, V=8)
+    with pytest.raises(ValueError, match="workspace: is for arrays on a CUDA device"):
+        gdr.chunk_gated_delta_rule(*given(x), workspace=np.empty(1 << 20, np.uint8))
+
+
+def test_wide_range_changes_nothing_on_the_host() -> None:
+    x = make_inputs(B=1, T=70, H=1, HV=2, K=16, V=16)
+    for got, want in zip(
+        gdr.chunk_gated_delta_rule(*given(x), output_final_state=True, wide_range=True),
+        gdr.chunk_gated_delta_rule(*given(x), output_final_state=True),
+    ):
+        assert_same_bits(got, want)

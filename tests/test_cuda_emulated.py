@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -48,16 +49,17 @@ def host(x: Any) -> np.ndarray:
     return x.view(np.ndarray)
 
 
-def assert_rule(function: str, x: Inputs, rtol_h: float, **options: Any) -> None:
+def assert_rule(function: str, x: Inputs, rtol_h: float, rtol_o: float | None = None, **options: Any) -> None:
     there = to_device(x)
     o, h = getattr(gdr, function)(
         *given(there), initial_state=there.initial_state, cu_seqlens=there.cu_seqlens, output_final_state=True,
         out=poisoned(x.v), **options,
     )  # fmt: skip
+    options.pop("wide_range", None)
     want_o, want_h = getattr(reference, function)(
         *given(x), initial_state=x.initial_state, cu_seqlens=x.cu_seqlens, output_final_state=True, **options
     )
-    assert_close(host(o), want_o, rtol=RTOL_O[x.v.dtype.name], name="o")
+    assert_close(host(o), want_o, rtol=rtol_o or RTOL_O[x.v.dtype.name], name="o")
     assert_close(host(h), want_h, rtol=rtol_h, name="h")
 
 
@@ -75,6 +77,32 @@ def test_chunk_at_odd_addresses(capability: int) -> None:
         base[..., 1:-2] = inner
         setattr(x, name, base[..., 1:-2])
     assert_rule("chunk_gated_delta_rule", x, 1e-3)
+
+
+def test_wide_range(capability: int) -> None:
+    x = make_inputs(B=1, T=80, H=1, HV=1, K=64, V=64, dtype="bfloat16")
+    x.v = (x.v.astype(np.float32) * 1e6).astype(x.v.dtype)
+    x.state *= 1e6
+    assert_rule("chunk_gated_delta_rule", x, 5e-3, rtol_o=6e-3, wide_range=True)
+
+
+def test_workspace(device: None) -> None:
+    x = to_device(make_inputs(B=1, T=80, H=1, HV=1, K=64, V=64, dtype="bfloat16"))
+    chunk = gdr.chunk_gated_delta_rule
+    (line,) = re.findall(r"scratch: (\d+) bytes", gdr.explain(chunk, *given(x)))
+    memory = np.zeros(int(line) + 128, np.uint8)
+    workspace = on_device(memory[-memory.ctypes.data % 128 :][: int(line)])
+    o, _ = chunk(*given(x), workspace=workspace)
+    assert memory.any()
+    assert_same_bits(host(o), host(chunk(*given(x))[0]))
+    for wrong, message in (
+        (workspace[:-128], f"workspace: expected at least {line} bytes, got {int(line) - 128}"),
+        (workspace.view(np.int8), "workspace: expected a dense uint8 array of one axis, got int8"),
+        (host(workspace), "workspace: expected an array on CUDA device 0, got one on cpu"),
+        (128, "workspace: expected an array of uint8, got int"),
+    ):
+        with pytest.raises((TypeError, ValueError), match=re.escape(message)):
+            chunk(*given(x), workspace=wrong)
 
 
 @pytest.mark.parametrize(("columns", "K"), [(64, 64), (128, 128)])

@@ -110,8 +110,7 @@ inline unsigned atomicAdd(unsigned* x, unsigned more) { return (*x += more) - mo
 template <class T>
 const T* show(const T& x) {
     static T all[2][kMostThreads];
-    static unsigned char round[kMostThreads];
-    T* now = all[round[current] ^= 1];  // the other lanes may still read what was shown before
+    T* now = all[of_warps[current / 32].round % 2];  // the other lanes may still read what was shown before
     now[current] = x;
     __syncwarp();
     return now + current / 32 * 32;
