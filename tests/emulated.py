@@ -3,6 +3,9 @@
 `emulator/cuda.h` has threads as fibers, `emulator/gdr` the headers of inline PTX in plain C++; all else is compiled as
 it stands.  Asynchronous work is done at once, so what this cannot find is a wait that is missing.
 
+With GDR_SANITIZE=1 in the environment the kernels are compiled for the sanitizers of addresses and of undefined
+behaviour, whose libraries must be loaded before Python.
+
 `DeviceArray` stands for an array on a GPU, so that whole calls run: checked, described, planned and launched as ever.
 """
 
@@ -10,6 +13,7 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
+import os
 import re
 import shutil
 import subprocess
@@ -31,6 +35,10 @@ from gdr.testing import Inputs
 
 HERE = Path(__file__).resolve().parent / "emulator"
 COMPILER = shutil.which("g++")
+OPTIMIZE = ["-O2"]
+if os.environ.get("GDR_SANITIZE") == "1":
+    OPTIMIZE = ["-O1", "-g", "-fno-omit-frame-pointer", "-fsanitize=address,undefined"]
+    OPTIMIZE += ["-fno-sanitize-recover=all"]
 
 
 class DeviceArray(np.ndarray):
@@ -57,9 +65,9 @@ class _DeviceArrays(_arrays.NumpyArrays):
         return super().meta(x)._replace(device=0)
 
     def empty(self, shape: tuple[int, ...], dtype: str, device: str | int) -> Any:
-        memory = np.full(int(np.prod(shape)) * _arrays.numpy_dtype(dtype).itemsize + 1024, 0xFF, np.uint8)  # NaN
-        start = -memory.ctypes.data % 1024
-        size = memory.size - 1024
+        size = int(np.prod(shape)) * _arrays.numpy_dtype(dtype).itemsize
+        memory = np.full(size + 256, 0xFF, np.uint8)  # NaN
+        start = 256 - memory.ctypes.data % 256  # the memory ends where the array ends, or a little after
         return memory[start : start + size].view(_arrays.numpy_dtype(dtype)).reshape(shape).view(DeviceArray)
 
     def stream(self, device: int) -> int:
@@ -131,7 +139,7 @@ def _build(stem: str, defines: tuple[tuple[str, loader.Define], ...], directory:
     file, library = directory / f"{stem}_{tag}.cu", directory / f"{stem}_{tag}.so"
     file.write_text(text)
     assert COMPILER
-    options = ["-std=c++20", "-O2", "-w", "-shared", "-fPIC", "-fno-gnu-unique"]
+    options = ["-std=c++20", *OPTIMIZE, "-w", "-shared", "-fPIC", "-fno-gnu-unique"]
     options += [f'-DSOURCE="{file}"', f"-DKERNEL={stem}", f"-D__CUDA_ARCH__={10 * max(source.requires, 80)}"]
     includes = [f"-I{HERE}", f"-I{loader.sources() / 'include'}"]
     subprocess.run([COMPILER, *options, *includes, str(HERE / "kernel.cpp"), "-o", str(library)], check=True)

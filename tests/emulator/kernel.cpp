@@ -1,6 +1,13 @@
 // Runs KERNEL of SOURCE, block after block.
 #include "cuda.h"
 #include SOURCE
+#ifdef __SANITIZE_ADDRESS__
+#include <sanitizer/asan_interface.h>
+constexpr int kStack = 1 << 19;
+#else
+#define ASAN_UNPOISON_MEMORY_REGION(address, size)
+constexpr int kStack = 1 << 16;
+#endif
 
 template <class Argument>
 Argument argument_of(void (*)(Argument));
@@ -28,7 +35,8 @@ extern "C" int run(const void* arguments, int blocks_x, int blocks_y, int blocks
                 for (auto& meeting : of_warps) meeting = {};
                 for (int i = 0; i < threads; ++i) {
                     Fiber& f = fibers[i];
-                    f.stack.resize(1 << 16), f.done = false;
+                    f.stack.resize(kStack), f.done = false;
+                    ASAN_UNPOISON_MEMORY_REGION(f.stack.data(), kStack);  // a thread ends without leaving its frames
                     getcontext(&f.context);
                     f.context.uc_stack.ss_sp = f.stack.data(), f.context.uc_stack.ss_size = f.stack.size();
                     makecontext(&f.context, run_thread, 0);
