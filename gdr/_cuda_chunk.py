@@ -11,10 +11,12 @@ compute capability 8.0; and tiles that do not fit a block's shared memory (K abo
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import reduce
+from operator import or_
 from typing import Any, NamedTuple
 
 from gdr import _arrays, _cuda_fused_recurrent, _cuda_loader
-from gdr._cuda_fused_recurrent import TYPES
+from gdr._cuda_fused_recurrent import TYPES, Pointers
 from gdr._cuda_loader import Gpu, describe_gpu
 from gdr._inputs import Call, refuse_misaligned
 from gdr._spec import Spec
@@ -71,11 +73,12 @@ class Cut(NamedTuple):
 
 
 class Plan:
-    """What every call with one `Spec` shares."""
+    """What the calls with one signature share."""
 
-    def __init__(self, spec: Spec, cut: Cut, wide: bool = False) -> None:
-        self.spec, self.cut, self.wide = spec, cut, wide
-        self.raw = spec.gates == "raw"
+    def __init__(self, call: Call, cut: Cut) -> None:
+        spec = self.spec = call.spec
+        self.cut, self.wide = cut, call.wide_range
+        self.pointers = Pointers(call)
         gpu = describe_gpu(int(spec.device))
         self.chunks = count_chunks(spec)
         keys = _align(spec.K, 64)
@@ -128,7 +131,7 @@ def run(call: Call) -> None:
     plan = spec.plan.get("chunk")
     if plan is None:
         cut = pick_cut(spec, call.batch_invariant, describe_gpu(int(spec.device)))
-        plan = _cuda_fused_recurrent if cut is None else Plan(spec, cut, call.wide_range)
+        plan = _cuda_fused_recurrent if cut is None else Plan(call, cut)
         spec.plan["chunk"] = plan
     if isinstance(plan, Plan):
         _run(call, plan)
@@ -137,41 +140,24 @@ def run(call: Call) -> None:
 
 
 def _run(call: Call, plan: Plan) -> None:
-    refuse_misaligned(call)
     spec = call.spec
-    pointer = _arrays.pointer
-    q, k, v, out = pointer(call.q), pointer(call.k), pointer(call.v), pointer(call.out)
+    pointers = plan.pointers(call)
+    if reduce(or_, pointers) & 7:
+        refuse_misaligned(call)
+    q, k, v, out = pointers[:4]
     aligned = not (q | k | v | out) & 15 and plan.fixed.aligned
     prepare, *walks = plan.kernels.get(aligned) or plan.load(aligned)
     stream = call.stream
     workspace = _workspace(call, plan, stream)  # a reference until all is launched
-    tiles = pointer(workspace)
+    tiles = _arrays.pointer(workspace)
     head_tiles = tiles + plan.at_once * plan.key_tiles
     carried = tiles + plan.workspace - 2 * plan.carried
     maps = carried - plan.maps
-    a, b = (call.a, call.b) if plan.raw else (call.g, call.beta)
-    pointers = (
-        q,
-        k,
-        v,
-        out,
-        pointer(call.A_log) if plan.raw else 0,
-        pointer(call.dt_bias) if plan.raw else 0,
-        pointer(a),
-        pointer(b),
-        0 if call.initial_state is None else pointer(call.initial_state),
-        0 if call.initial_slots is None else pointer(call.initial_slots),
-        0 if call.final_state is None else pointer(call.final_state),
-        0 if call.final_slots is None else pointer(call.final_slots),
-        0 if call.cu_seqlens is None else pointer(call.cu_seqlens),
-        tiles,
-        head_tiles,
-    )
     scalars = call.scale, call.softplus_beta, call.softplus_threshold
     for part, first in enumerate(range(0, plan.chunks, plan.at_once)):
         last = min(first + plan.at_once, plan.chunks)
         read, written = carried + part % 2 * plan.carried, carried + (part + 1) % 2 * plan.carried
-        _params.pack(*pointers, read, written, maps, *scalars, first, last, *plan.fixed.values)
+        _params.pack(*pointers, tiles, head_tiles, read, written, maps, *scalars, first, last, *plan.fixed.values)
         if spec.T:
             grid = spec.H, last - first, plan.prepare_parts
             prepare.launch(grid, (128, 1, 1), _params, stream, plan.prepare_shared)
@@ -197,7 +183,7 @@ def _workspace(call: Call, plan: Plan, stream: int) -> Any:
 def scratch(call: Call) -> int:
     """Bytes of scratch that a call needs."""
     cut = pick_cut(call.spec, call.batch_invariant, describe_gpu(int(call.spec.device)))
-    return 0 if cut is None else Plan(call.spec, cut).workspace
+    return 0 if cut is None else Plan(call, cut).workspace
 
 
 def count_chunks(spec: Spec) -> int:

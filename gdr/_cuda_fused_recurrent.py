@@ -63,18 +63,27 @@ class Launch(NamedTuple):
     block: tuple[int, int, int]
 
 
+class Pointers:
+    """Takes the pointers out of the calls with one signature, in the order of the C structs; 0 for absent operands."""
+
+    def __init__(self, call: Call) -> None:
+        given = {} if call.spec.gates == "raw" else {"a": "g", "b": "beta"}
+        names = [given.get(name, name) for name in _POINTERS]
+        present = [name for name in names if getattr(call, name) is not None]
+        self._operands, self._pointer = attrgetter(*present), pointer_of(call)
+        # From a list that has the pointers of those that are present, and then a 0.
+        self._spread = itemgetter(*(present.index(name) if name in present else -1 for name in names))
+
+    def __call__(self, call: Call) -> tuple[int, ...]:
+        return self._spread([*map(self._pointer, self._operands(call)), 0])
+
+
 class Plan:
     """What the calls with one signature share."""
 
     def __init__(self, call: Call) -> None:
         self.spec = call.spec
-        given = {} if self.spec.gates == "raw" else {"a": "g", "b": "beta"}
-        names = [given.get(name, name) for name in _POINTERS]
-        present = [name for name in names if getattr(call, name) is not None]
-        self.operands = attrgetter(*present)
-        self.pointer = pointer_of(call)
-        # Takes the pointers of all operands out of a list that has those of the present ones, and then a 0.
-        self.spread = itemgetter(*(present.index(name) if name in present else -1 for name in names))
+        self.pointers = Pointers(call)
         # The signature of a call has these in it.
         self.one_state = call.final_state is call.initial_state
         self.scalars = call.scale, call.softplus_beta, 1 / call.softplus_beta, call.softplus_threshold
@@ -100,7 +109,7 @@ def run(call: Call) -> None:
     plan = spec.plan.get("fused_recurrent")
     if plan is None:
         plan = spec.plan["fused_recurrent"] = Plan(call)
-    pointers = plan.spread([*map(plan.pointer, plan.operands(call)), 0])
+    pointers = plan.pointers(call)
     q, k, v, out, A_log, dt_bias, a, b, initial, read, final, written, cu_seqlens = pointers
     tokens, states = q | k, initial | final
     if (tokens | states | v | out | A_log | dt_bias | a | b | read | written | cu_seqlens) & 7:
