@@ -54,10 +54,7 @@ def backend(spec: Spec) -> str:
 
 def ring_module(device: str | int) -> Any:
     """The module with `Ring` and all that is done with one but to run tokens, which the backend of a call does."""
-    name = "gdr._ring" if device == "cpu" else "gdr._cuda_ring"
-    if importlib.util.find_spec(name) is None:
-        raise NotImplementedError(f"ring: pools on {device} can neither put off writes nor verify drafts")
-    return importlib.import_module(name)
+    return importlib.import_module("gdr._ring" if device == "cpu" else "gdr._cuda_ring")
 
 
 def module(spec: Spec) -> Any:
@@ -71,6 +68,11 @@ class Planned(Exception):
     def __init__(self, call: Call) -> None:
         super().__init__(call)
         self.call = call
+
+
+def is_planning() -> bool:
+    """Whether calls of this thread only say what they would run."""
+    return _thread.planning
 
 
 @contextmanager

@@ -590,7 +590,7 @@ class DeltaRuleState:
         call.draft, call.parents = draft, parents
         if draft or (self.ring and _is_step(call.spec)):
             call.ring = self._make_ring()
-        elif self._ring is not None:
+        elif self._ring is not None and not _backends.is_planning():
             self._on_ring("fold", call.initial_slots)
         _backends.run(call)
         return call.library.release(call.out) if out is None else out

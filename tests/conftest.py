@@ -67,10 +67,3 @@ def host(place: Place) -> Place:
     if not place.on_host:
         pytest.skip("about the host")
     return place
-
-
-@pytest.fixture
-def rings(request: pytest.FixtureRequest) -> None:
-    """Skips what needs rings where the version has none."""
-    if request.node.get_closest_marker("gpu") and importlib.util.find_spec("gdr._cuda_ring") is None:
-        pytest.skip("this version has no rings on CUDA")

@@ -12,8 +12,6 @@ from gdr._ring import Entries, Ring, commit, copy, fold, forget, read, rollback
 from gdr.state import RING
 from gdr.testing import assert_close, make_inputs, relative_rms
 
-pytestmark = pytest.mark.usefixtures("rings")
-
 N, H, HV, K, V = 3, 2, 4, 16, 24
 CAPACITY = RING["numpy"]
 

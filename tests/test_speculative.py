@@ -6,10 +6,8 @@ import numpy as np
 import pytest
 from places import RTOL, Place, assert_same_bits
 
-from gdr import DeltaRuleState, reference
+from gdr import DeltaRuleState, explain, reference
 from gdr.testing import assert_close, make_inputs
-
-pytestmark = pytest.mark.usefixtures("rings")
 
 N, H, HV, K, V = 3, 2, 4, 16, 24
 RINGS = [0, 1, 5, 16]
@@ -386,6 +384,20 @@ def test_readers_leave_drafts_as_they_are_and_do_not_see_them(place, tmp_path, r
     state.commit(slots, [6, 1, 3])
     _, want = oracle(x, h, [range(6), range(1), range(3)])
     assert_close(place.get(state.read(slots)), want, rtol=RTOL["float32"])
+
+
+@pytest.mark.parametrize("ring", [0, 16])
+def test_explaining_a_call_drops_no_drafts(host, ring):
+    x = problem(6)
+    state, slots = pool_of(host, x, ring=ring)
+    h = state.read(slots)
+    state.verify(*tokens(host, x), slots)
+    for method in (state.prefill, state.verify):
+        explain(method, *tokens(host, x), slots)
+    explain(state.step, *tokens(host, x, at=slice(0, 1)), slots)
+    state.commit(slots, [6, 1, 3])
+    _, want = oracle(x, h, [range(6), range(1), range(3)])
+    assert_close(state.read(slots), want, rtol=RTOL["float32"])
 
 
 def test_freed_drafts_do_not_come_back(place):
