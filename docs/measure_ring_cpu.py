@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import platform
 import sys
 import time
 from collections.abc import Callable
@@ -24,6 +25,7 @@ HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent), str(HERE)]
 
 import gdr
+from gdr._threads import thread_count
 from gdr.testing import make_inputs
 from provenance import provenance
 
@@ -101,7 +103,9 @@ def main() -> None:
     os.environ["GDR_CPU"] = backend
     rows = [row for dtype in ("float32", "bfloat16") for B in (1, 8) for row in steps(B, dtype)]
     rows += [row for B in (1, 8) for T in (2, 4, 8) for row in drafts(B, T)]
-    data = provenance(backend) | {"note": NOTE, "rows": rows}
+    named = {"numpy": "NumPy", "numba": "Numba"}[backend]
+    device = {"device": f"{thread_count()} cores of {platform.machine()}, a ring with gdr on {named}"}
+    data = provenance(backend) | device | {"note": NOTE, "rows": rows}
     path = HERE / "data" / f"performance-cpu-ring-{backend}.json"
     path.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
     print(path)
