@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,8 @@ _STATE_NAMES = {
     "dt_bias": "the state's dt_bias",
 }
 _FORMS = {op: _spec.Form(op, (*_spec.TOKENS, *_spec.RAW_GATES), _STATE_NAMES) for op in ("fused_recurrent", "chunk")}
+
+_anywhere = nullcontext()
 
 # Mean number of tokens a sequence from which prefill runs chunkwise.
 CHUNK_FROM = {"cpu": 16, "cuda": 32}
@@ -84,6 +86,8 @@ class DeltaRuleState:
     slots as an integer, a sequence or a NumPy array and checks them; on a GPU `step`, `prefill`, `read`, `write` and
     `reset` take a device array as well, which is neither copied nor checked (a slot outside the pool is padding), so
     that they can be captured in a graph.
+
+    On a GPU, work goes to torch's current stream where tensors of torch are given, else to CuPy's.
 
     Examples
     --------
@@ -243,7 +247,8 @@ class DeltaRuleState:
 
     def reset(self, slots: Any) -> None:
         """Set the states of slots to zero."""
-        self._set(self._index(slots), np.float32(0))
+        with self._in_order_with(slots):
+            self._set(self._index(slots), np.float32(0))
 
     def fork(self, slots: Any) -> np.ndarray:
         """Copy the states of slots to as many new slots.
@@ -270,7 +275,8 @@ class DeltaRuleState:
 
     def read(self, slots: Any) -> Any:
         """Copy of the states of slots, ``[n, HV, K, V]`` in the pool's layout and dtype."""
-        return self._get(self._index(slots, unique=False))
+        with self._in_order_with(slots):
+            return self._get(self._index(slots, unique=False))
 
     def write(self, slots: Any, h: Any) -> None:
         """Set the states of slots to `h` ``[n, HV, K, V]``, in the pool's layout; cast to its dtype.
@@ -280,6 +286,10 @@ class DeltaRuleState:
         TypeError, ValueError
             `h` is no floating array on the pool's device, or its shape does not fit; nothing is written.
         """
+        with self._in_order_with(h, slots):
+            self._write(slots, h)
+
+    def _write(self, slots: Any, h: Any) -> None:
         index = self._index(slots)
         library = _arrays.library_of(h)
         if library is None:
@@ -419,7 +429,7 @@ class DeltaRuleState:
             if len(shape) == 4 and tuple(parents.shape) != shape[:2]:
                 raise ValueError(f"parents: expected shape [N, T] = {list(shape[:2])}, got {list(parents.shape)}")
             if isinstance(parents, np.ndarray):
-                parents = self._place(_checked_parents(parents))
+                _check_parents(parents)
         return self._run("fused_recurrent", q, k, v, a, b, slots, None, out, draft=True, parents=parents)
 
     def commit(self, slots: Any, accepted: Any) -> None:
@@ -440,6 +450,10 @@ class DeltaRuleState:
             of a path the last draft says what is kept); a slot that is not allocated, or named twice.  Nothing is
             changed.
         """
+        with self._in_order_with(accepted, slots):
+            self._commit(slots, accepted)
+
+    def _commit(self, slots: Any, accepted: Any) -> None:
         slots = self._kernel_slots(slots)
         accepted = self._whole_numbers("accepted", accepted, 1, 2)
         if accepted.shape[0] != slots.shape[0]:
@@ -465,9 +479,10 @@ class DeltaRuleState:
         TypeError, ValueError, IndexError
             By the argument's name; a slot that is not allocated, or named twice.
         """
-        slots = self._kernel_slots(slots)
-        if self._ring is not None:
-            self._on_ring("rollback", slots)
+        with self._in_order_with(slots):
+            slots = self._kernel_slots(slots)
+            if self._ring is not None:
+                self._on_ring("rollback", slots)
 
     def flush(self, slots: Any | None = None) -> None:
         """Write the pending tokens of slots, of all without, into their states.
@@ -479,10 +494,11 @@ class DeltaRuleState:
         TypeError, ValueError, IndexError
             By the argument's name; a slot that is not allocated, or named twice.
         """
-        if slots is not None:
-            slots = self._kernel_slots(slots)
-        if self._ring is not None:
-            self._on_ring("fold", slots)
+        with self._in_order_with(slots):
+            if slots is not None:
+                slots = self._kernel_slots(slots)
+            if self._ring is not None:
+                self._on_ring("fold", slots)
 
     def save(self, path: str | Path) -> None:
         """Write the pool to a file, whole or not at all.
@@ -571,28 +587,29 @@ class DeltaRuleState:
         ):
             if tuple(getattr(x, "shape", want))[-2:] != want:
                 raise ValueError(f"{name}: expected heads and head dimension {list(want)}, got {list(x.shape)[-2:]}")
-        slots = self._kernel_slots(slots)
-        call = _inputs.prepare(
-            _FORMS[op],
-            (
-                *(q, k, v, out, self.A_log, self.dt_bias, a, b, None, None),
-                *(self._pool, slots, self._pool, slots, cu_seqlens),
-            ),
-            scale=self.scale,
-            l2norm=self.use_qk_l2norm,
-            layout=self.layout,
-            softplus_beta=self.softplus_beta,
-            softplus_threshold=self.softplus_threshold,
-        )
-        if workspace is not None:
-            _inputs.check_workspace(call, workspace)
-        call.whole = self.device == "cpu"
-        call.draft, call.parents = draft, parents
-        if draft or (self.ring and _is_step(call.spec)):
-            call.ring = self._make_ring()
-        elif self._ring is not None and not _backends.is_planning():
-            self._on_ring("fold", call.initial_slots)
-        _backends.run(call)
+        with self._in_order_with(v):
+            slots = self._kernel_slots(slots)
+            call = _inputs.prepare(
+                _FORMS[op],
+                (
+                    *(q, k, v, out, self.A_log, self.dt_bias, a, b, None, None),
+                    *(self._pool, slots, self._pool, slots, cu_seqlens),
+                ),
+                scale=self.scale,
+                l2norm=self.use_qk_l2norm,
+                layout=self.layout,
+                softplus_beta=self.softplus_beta,
+                softplus_threshold=self.softplus_threshold,
+            )
+            if workspace is not None:
+                _inputs.check_workspace(call, workspace)
+            call.whole = self.device == "cpu"
+            call.draft, call.parents = draft, self._place(parents) if isinstance(parents, np.ndarray) else parents
+            if draft or (self.ring and _is_step(call.spec)):
+                call.ring = self._make_ring()
+            elif self._ring is not None and not _backends.is_planning():
+                self._on_ring("fold", call.initial_slots)
+            _backends.run(call)
         return call.library.release(call.out) if out is None else out
 
     def _default_ring(self) -> int:
@@ -662,6 +679,25 @@ class DeltaRuleState:
             self._on_ring("copy", sources, targets)
         else:
             self._set(targets, self._get(sources))
+
+    def _in_order_with(self, *arrays: Any) -> AbstractContextManager[Any]:
+        """Context in which CuPy's work goes to torch's current stream, where an array is a tensor on a GPU."""
+        if self.device == "cpu":
+            return _anywhere
+        for x in arrays:
+            library = _arrays.library_of(x)
+            if library is not None and library.name == "torch" and x.get_device() >= 0:
+                ordinal = int(self.device.partition(":")[2])
+                stream = library.stream(ordinal)
+                if stream != self._xp.cuda.get_current_stream(ordinal).ptr:
+                    return self._on_stream(stream)
+                break
+        return _anywhere
+
+    @contextmanager
+    def _on_stream(self, stream: int) -> Iterator[None]:
+        with self._here(), self._xp.cuda.ExternalStream(stream):
+            yield
 
     def _to_host(self, x: Any) -> np.ndarray:
         return x if self.device == "cpu" else self._xp.asnumpy(x)
@@ -773,12 +809,11 @@ _PARAMETERS = (
 )
 
 
-def _checked_parents(parents: np.ndarray) -> np.ndarray:
+def _check_parents(parents: np.ndarray) -> None:
     late = (parents >= np.arange(parents.shape[1])) | (parents < -1)
     if late.any():
         n, t = np.argwhere(late)[0]
         raise ValueError(f"parents: expected -1 or an earlier draft than {t}, got {parents[n, t]} in row {n}")
-    return parents
 
 
 def _is_step(spec: _spec.Spec) -> bool:

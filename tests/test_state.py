@@ -8,14 +8,16 @@ import signal
 import subprocess
 import sys
 import threading
+import types
 import warnings
 import zipfile
+from contextlib import contextmanager, nullcontext
 
 import numpy as np
 import pytest
 from places import RTOL, RTOL_CHUNK, Place, assert_same_bits, fail_runs, raw
 
-from gdr import DeltaRuleState, reference
+from gdr import DeltaRuleState, _arrays, reference
 from gdr.testing import assert_close, make_inputs
 
 H, HV, K, V = 2, 4, 6, 5
@@ -1057,3 +1059,58 @@ def test_an_interrupted_call_writes_every_state_or_none(host, method):
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, old)
     assert interrupted
+
+
+# -- streams: what CuPy does for calls with tensors of torch, told by a CuPy that only writes down its stream
+
+
+class _Streams:
+    """A CuPy with streams alone."""
+
+    def __init__(self):
+        self.current, self.placed = [0], []
+        self.cuda = types.SimpleNamespace(
+            get_current_stream=lambda device: types.SimpleNamespace(ptr=self.current[-1]),
+            ExternalStream=self.external,
+        )
+
+    @contextmanager
+    def external(self, stream):
+        self.current.append(stream)
+        try:
+            yield
+        finally:
+            self.current.pop()
+
+    def asarray(self, x):
+        self.placed.append(self.current[-1])
+        raise _Placed
+
+
+class _Placed(Exception):
+    pass
+
+
+@pytest.mark.parametrize("stream", [0, 7])
+def test_slots_go_to_the_device_in_the_order_of_torch(monkeypatch, stream):
+    pytest.importorskip("torch")
+    x = problem()
+    state = make(HOST, x)
+    slots, q = state.alloc(3), x.to("torch")
+    monkeypatch.setattr(state, "_xp", _Streams())
+    monkeypatch.setattr(state, "device", "cuda:0")
+    monkeypatch.setattr(state, "_here", nullcontext)
+    monkeypatch.setattr(_arrays.library_of(q.v), "stream", lambda device: stream)
+    monkeypatch.setattr(type(q.v), "get_device", lambda self: 0)
+    calls = [
+        lambda: state.step(q.q, q.k, q.v, q.a, q.b, slots),
+        lambda: state.prefill(q.q, q.k, q.v, q.a, q.b, slots),
+        lambda: state.verify(q.q, q.k, q.v, q.a, q.b, slots, np.full((3, 1), -1)),
+        lambda: state.commit(slots, q.v),
+        lambda: state.write(slots, q.v),
+    ]
+    for call in calls:
+        with pytest.raises(_Placed):
+            call()
+    assert state._xp.placed == [stream] * len(calls)
+    assert state._xp.current == [0]
