@@ -285,6 +285,15 @@ def library_of(x: Any) -> Any:
     return found
 
 
+def of_whole_elements(x: Any) -> bool:
+    """Whether no stride ends within an element, as those of fields of packed records may; torch and JAX have none."""
+    return not any(step % x.itemsize for step, extent in zip(getattr(x, "strides", ()), x.shape) if extent > 1)
+
+
 def pointer(x: Any) -> int:
     """Address of the first element of a native array."""
-    return _by_type[type(x)].pointer(x)
+    try:
+        library = _by_type[type(x)]
+    except KeyError:  # the first of its type, as what JAX arrays on a GPU are adopted as
+        library = library_of(x)
+    return library.pointer(x)

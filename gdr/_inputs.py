@@ -225,7 +225,10 @@ def _adopt(call: Call, operands: tuple[Any, ...], names: dict[str, str]) -> None
     one_state, one_slots = call.final_state is call.initial_state, call.final_slots is call.initial_slots
     for name, x in zip(OPERANDS, operands):
         if x is not None and type(x) is not np.ndarray:
-            setattr(call, name, _arrays.library_of(x).adopt(x))
+            try:
+                setattr(call, name, _arrays.library_of(x).adopt(x))
+            except (TypeError, RuntimeError) as error:  # what no signature tells: tensors without data, deleted arrays
+                raise TypeError(f"{names.get(name, name)}: {error}") from None
     if one_state:
         call.final_state = call.initial_state
     if one_slots:

@@ -11,7 +11,7 @@ from typing import Any
 import numba
 import numpy as np
 
-from gdr import _threads
+from gdr import _arrays, _threads
 from gdr._inputs import Call
 from gdr._numba_kernels import convert, run_heads, run_heads_parallel
 from gdr._spec import Spec
@@ -41,7 +41,7 @@ def run(call: Call, tile: int) -> None:
     spec = call.spec
     plan = spec.plan.get("numba")
     if plan is None:
-        plan = spec.plan["numba"] = _Plan(spec)
+        plan = spec.plan["numba"] = _Plan(call)
     dtype, tokens = plan.dtype, plan.tokens
     q = contiguous(call.q, dtype).reshape(tokens, spec.H, spec.K)
     k = contiguous(call.k, dtype).reshape(tokens, spec.H, spec.K)
@@ -77,9 +77,10 @@ def run(call: Call, tile: int) -> None:
 
 
 class _Plan:
-    """What a spec says about its calls: made once."""
+    """What the calls with one signature share."""
 
-    def __init__(self, spec: Spec) -> None:
+    def __init__(self, call: Call) -> None:
+        spec = call.spec
         self.dtype = np.dtype(spec.compute)
         self.tokens = spec.B * spec.T
         self.heads = spec.HV
@@ -106,9 +107,9 @@ class _Plan:
             if name in spec.strides and (name == "initial_state") <= self.has_initial:
                 slots, (row, head, *_) = spec.shapes[name][0], spec.strides[name]
                 self.strides[name] = np.array([row, head, slots])
-        self.as_stored = all(_has_dense_heads(spec, name) for name in self.strides) and (
-            not (self.has_initial and self.has_final) or spec.initial_dtype == spec.final_dtype
-        )
+        self.as_stored = all(
+            _has_dense_heads(spec, name) and _arrays.of_whole_elements(getattr(call, name)) for name in self.strides
+        ) and (not (self.has_initial and self.has_final) or spec.initial_dtype == spec.final_dtype)
         self._bounds: dict[int, np.ndarray] = {}
 
     def stored_states(self, call: Call) -> tuple[Any, ...]:

@@ -133,6 +133,11 @@ class _Operands:
                     f"({_place(self.device)}), got one on {_place(m.device)}; nothing is copied silently"
                 )
         self.on_host = self.device == "cpu"
+        for name, x in zip(OPERANDS, operands):
+            if x is not None and not self.on_host and not _arrays.of_whole_elements(x):
+                raise ValueError(
+                    f"{self.said(name)}: expected strides of whole elements on a CUDA device, got {x.strides} in bytes"
+                )
         self.native = not self.on_host and libraries <= {"cupy", "torch"}
 
     def __contains__(self, name: str) -> bool:

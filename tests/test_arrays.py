@@ -204,7 +204,7 @@ class OnDevice:
     """What looks like an array on a CUDA device."""
 
     def __init__(self, x: np.ndarray) -> None:
-        self.x, self.shape, self.ndim = x, x.shape, x.ndim
+        self.x, self.shape, self.ndim, self.strides, self.itemsize = x, x.shape, x.ndim, x.strides, x.itemsize
 
 
 class DeviceArrays(_arrays.NumpyArrays):
@@ -242,6 +242,36 @@ def test_tensors_that_cannot_be_used_are_refused(torch: Any) -> None:
     for v, message in refused:
         with pytest.raises(TypeError, match=message):
             gdr.fused_recurrent_gated_delta_rule(x.q, x.k, v, x.g, x.beta)
+
+
+def test_what_a_signature_does_not_tell_is_refused_by_name(torch: Any, jax: Any) -> None:
+    x = problem()
+    y, z = x.to("torch"), x.to("jax")
+    deleted = jax.numpy.array(x.v)
+    deleted.delete()
+    negated = torch._neg_view(y.v)
+    for _ in range(2):
+        gdr.fused_recurrent_gated_delta_rule(*operands(y))
+        gdr.fused_recurrent_gated_delta_rule(*operands(z))
+        for others, v in ((y, torch.empty(x.v.shape, device="meta")), (y, negated), (z, deleted)):
+            with pytest.raises(TypeError, match=r"^v: "):
+                gdr.fused_recurrent_gated_delta_rule(others.q, others.k, v, others.g, others.beta)
+
+
+def test_the_first_array_of_a_type_has_a_pointer() -> None:
+    class First(np.ndarray):
+        pass
+
+    x = np.zeros(3).view(First)
+    assert _arrays.pointer(x) == x.ctypes.data
+
+
+def test_strides_that_end_within_an_element_are_refused_on_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(_arrays._by_type, OnDevice, DeviceArrays())
+    x = problem()
+    v = np.zeros((2, 3, 4 * 6 * 4 + 1), np.uint8)[..., :-1].view(np.float32).reshape(x.v.shape)
+    with pytest.raises(ValueError, match=r"^v: expected strides of whole elements .* got \(291, 97, 24, 4\) in bytes"):
+        gdr.fused_recurrent_gated_delta_rule(*(OnDevice(y) for y in (x.q, x.k, v, x.g, x.beta)))
 
 
 def test_a_tensor_is_recognised_by_all_that_is_known_of_it(torch: Any) -> None:

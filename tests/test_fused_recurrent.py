@@ -478,6 +478,19 @@ def test_strides_that_only_the_host_takes(host):
         assert_same_bits(pool, want_pool, words)
 
 
+@pytest.mark.parametrize("T", [1, 5])
+@pytest.mark.parametrize("state_dtype", DTYPES)
+def test_strides_that_end_within_an_element(host, T, state_dtype):
+    x = make_inputs(B=3, T=T, H=2, HV=4, K=12, V=8, num_slots=5, state_dtype=state_dtype)
+    want_o, want_pool = update(host, x)
+    records = np.zeros(5, [("tag", np.uint8), ("state", x.state.dtype, x.state.shape[1:])])
+    records["state"] = x.state
+    o = gdr.fused_sigmoid_gating_delta_rule_update(*raw(x), records["state"], x.slots)
+    assert_same_bits(o, want_o)
+    assert_same_bits(np.ascontiguousarray(records["state"]), want_pool)
+    assert not records["tag"].any()
+
+
 def test_broadcast_inputs(host):
     x = make_inputs(B=3, T=5, H=2, HV=4)
     for name in ("q", "k", "v", "a", "b"):
