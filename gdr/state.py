@@ -5,9 +5,9 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -690,13 +690,13 @@ class DeltaRuleState:
                 ordinal = int(self.device.partition(":")[2])
                 stream = library.stream(ordinal)
                 if stream != self._xp.cuda.get_current_stream(ordinal).ptr:
-                    return self._on_stream(stream)
+                    return self._on_stream(ordinal, stream)
                 break
         return _anywhere
 
     @contextmanager
-    def _on_stream(self, stream: int) -> Iterator[None]:
-        with self._here(), self._xp.cuda.ExternalStream(stream):
+    def _on_stream(self, ordinal: int, stream: int) -> Iterator[None]:
+        with self._here(), _external_stream(self._xp, ordinal, stream):
             yield
 
     def _to_host(self, x: Any) -> np.ndarray:
@@ -831,6 +831,21 @@ def _placement(device: Any) -> tuple[Any, str, Callable[[], AbstractContextManag
 
     cupy = require_device(int(ordinal or 0))
     return cupy, f"cuda:{int(ordinal or 0)}", partial(cupy.cuda.Device, int(ordinal or 0))
+
+
+class _Handle(NamedTuple):
+    """A stream of another library."""
+
+    stream: int
+
+    def __cuda_stream__(self) -> tuple[int, int]:
+        return 0, self.stream
+
+
+@cache  # kept: CuPy may destroy a stream that is not its own together with the object
+def _external_stream(cupy: Any, device: int, stream: int) -> Any:
+    """CuPy's object for a stream of the device, which is the current one, that belongs to another library."""
+    return cupy.cuda.Stream.from_external(_Handle(stream))
 
 
 def _cuda_state() -> Any:

@@ -11,7 +11,7 @@ import threading
 import types
 import warnings
 import zipfile
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
@@ -1064,6 +1064,17 @@ def test_an_interrupted_call_writes_every_state_or_none(host, method):
 # -- streams: what CuPy does for calls with tensors of torch, told by a CuPy that only writes down its stream
 
 
+class _Stream:
+    def __init__(self, current, handle):
+        self.current, self.handle = current, handle
+
+    def __enter__(self):
+        self.current.append(self.handle)
+
+    def __exit__(self, *error):
+        self.current.pop()
+
+
 class _Streams:
     """A CuPy with streams alone."""
 
@@ -1071,16 +1082,12 @@ class _Streams:
         self.current, self.placed = [0], []
         self.cuda = types.SimpleNamespace(
             get_current_stream=lambda device: types.SimpleNamespace(ptr=self.current[-1]),
-            ExternalStream=self.external,
+            Stream=types.SimpleNamespace(from_external=lambda x: self.external(*x.__cuda_stream__())),
         )
 
-    @contextmanager
-    def external(self, stream):
-        self.current.append(stream)
-        try:
-            yield
-        finally:
-            self.current.pop()
+    def external(self, version, stream):
+        assert version == 0
+        return _Stream(self.current, stream)
 
     def asarray(self, x):
         self.placed.append(self.current[-1])
