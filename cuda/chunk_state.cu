@@ -29,7 +29,14 @@ namespace {
 constexpr int kOwnRows = kRows / kSplit;  // blocks of 16 tokens whose outputs a warp finishes
 static_assert(kSplit == 1 || kSplit == 2);
 
-using Stage = StageOf<HeadTile>;
+// A chunk in shared memory.
+struct alignas(128) Stage {
+    char K[kKeyTileBytes], Q[kKeyTileBytes];
+    HeadTile head;
+    // Values: blocks of 16 tokens x 16 columns, by tokens first, with the matrices (tokens 0-7, columns 0-7),
+    // (8-15, 0-7), (0-7, 8-15), (8-15, 8-15).
+    char V[kC * kColumns * kValueBytes];
+};
 struct Stages {
     Stage stages[kStages];
     Barrier full[kStages];

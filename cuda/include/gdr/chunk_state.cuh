@@ -1,4 +1,4 @@
-// What the kernels that walk from chunk to chunk share: a chunk in shared memory, states, outputs.
+// What the kernels that walk from chunk to chunk share: which chunks a block walks, states, outputs.
 // The including file defines kColumns, kSplit and kStages: value columns of a block, splits of the keys, chunks in
 // shared memory; and kCompose, for a walk that finds the maps of segments (see chunk.cuh) instead of outputs.
 #pragma once
@@ -14,15 +14,6 @@ constexpr int kValueBytes = bytes_of(kQkv);
 constexpr int kAllColumns = kCompose ? kV + kKeys : kV, kBlocks = kAllColumns / kColumns;
 static_assert(kColumns % 16 == 0 && kV % kColumns == 0 && kAllColumns % kColumns == 0 && kKeys % (16 * kSplit) == 0);
 static_assert(kValueBytes == 2, "float32 goes through the recurrence");
-
-template <class Head>
-struct alignas(128) StageOf {
-    char K[kKeyTileBytes], Q[kKeyTileBytes];
-    Head head;
-    // Values: blocks of 16 tokens x 16 columns, by tokens first, with the matrices (tokens 0-7, columns 0-7),
-    // (8-15, 0-7), (0-7, 8-15), (8-15, 8-15).
-    char V[kC * kColumns * kValueBytes];
-};
 
 struct Work {
     Sequence seq;
