@@ -17,12 +17,6 @@ using namespace gdr;
 
 namespace {
 
-constexpr int lanes_for(int chunks) {
-    int lanes = 1;
-    while (lanes < chunks && lanes < 16) lanes *= 2;
-    return lanes;
-}
-
 constexpr int kLanes = lanes_for(ceil_div(kK, kChunk));
 constexpr int kLaneRows = GDR_ROWS, kWarps = GDR_WARPS, kThreads = 32 * kWarps;
 constexpr int kWarpRows = 32 / kLanes;                 // rows that a warp holds side by side
@@ -72,28 +66,6 @@ struct Tile {
             for (int j = 0; j < kChunks; ++j) chunks[r][j].store(state + offset<kFinal>(r, j, row_stride), valid(r, j));
     }
 
-    // The products of the rows with k and q: the sums of row `own`, which it shares with kSharers - 1 other lanes.
-    __device__ __forceinline__ void products(const LaneToken& token, int lane, float& own_k, float& own_q) {
-        float hk[kLaneRows], hq[kLaneRows];
-#pragma unroll
-        for (int r = 0; r < kLaneRows; ++r) {
-            hk[r] = hq[r] = 0.f;
-#pragma unroll
-            for (int j = 0; j < kChunks; ++j) {
-                float h[kChunk];
-                chunks[r][j].get(h);
-#pragma unroll
-                for (int i = 0; i < kChunk; ++i) {
-                    hk[r] = fmaf(h[i], token.k[j * kChunk + i], hk[r]);
-                    hq[r] = fmaf(h[i], token.q[j * kChunk + i], hq[r]);
-                }
-            }
-        }
-        sum_transposed<kLaneRows, kLanes / 2, 1>(hk, lane);
-        sum_transposed<kLaneRows, kLanes / 2, 1>(hq, lane);
-        own_k = hk[0], own_q = hq[0];
-    }
-
     // Decays the rows and adds k (scaled_u)^T; each lane brings what belongs to its own row.
     __device__ __forceinline__ void update(const LaneToken& token, float decay, float scaled_u, int lane) {
 #pragma unroll
@@ -140,7 +112,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, GDR_MIN_BLOCKS)
         const LaneToken token(words);
         const Scalars s = token.scalars(p.scale, gates.decay(p), gates.beta(p));
         tile.open();
-        tile.products(token, lane, hk, hq);
+        multiply_rows(tile.chunks, token, lane, hk, hq);
         const float u = s.u(hk, value_of(kQkv, value));
         tile.update(token, s.decay, s.k_scale * u, lane);
         tile.store(work.write, p.final_strides.row);
@@ -171,7 +143,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, GDR_MIN_BLOCKS)
             for (u32 t = 0; t < count; ++t) {
                 const LaneToken token = tokens.read(t, tile.part);
                 const Scalars s = tokens.scalars[t];
-                tile.products(token, lane, hk, hq);
+                multiply_rows(tile.chunks, token, lane, hk, hq);
                 const float u = s.u(hk, tokens.v[t][own - first_row]);
                 tile.update(token, s.decay, s.k_scale * u, lane);
                 if (writes) store<kQkv>(out, own, s.o(hq, u));

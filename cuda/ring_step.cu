@@ -94,7 +94,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, GDR_MIN_BLOCKS) ring_step
     }
     tile.open();
     float hk, hq;
-    tile.products(token, lane, hk, hq);
+    multiply_rows(tile.chunks, token, lane, hk, hq);
     __syncthreads();
 
     // Every thread of this block knows the fill by now.

@@ -208,7 +208,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, GDR_MIN_BLOCKS)
         take(at.k[t], tile.part, token.k);
         take(at.q[t], tile.part, token.q);
         float hk, hq;
-        tile.products(token, lane, hk, hq);
+        multiply_rows(tile.chunks, token, lane, hk, hq);
         if (tile.part % kSharers == 0) at.products[t][own] = make_float2(hk, hq);
     }
     __syncthreads();

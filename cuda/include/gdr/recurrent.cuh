@@ -416,4 +416,36 @@ struct Work {
     }
 };
 
+// How many lanes share a row of so many chunks: a power of two, 16 at most.
+constexpr int lanes_for(int chunks) {
+    int lanes = 1;
+    while (lanes < chunks && lanes < 16) lanes *= 2;
+    return lanes;
+}
+
+// The products with k and q of rows that kLanes lanes share: each lane gets the sums of one row.
+template <int kLanes, int kLaneRows, int kChunks>
+__device__ __forceinline__ void multiply_rows(StateChunk (&chunks)[kLaneRows][kChunks],
+                                              const Token<kLanes, kChunk>& token, int lane, float& own_k,
+                                              float& own_q) {
+    float hk[kLaneRows], hq[kLaneRows];
+#pragma unroll
+    for (int r = 0; r < kLaneRows; ++r) {
+        hk[r] = hq[r] = 0.f;
+#pragma unroll
+        for (int j = 0; j < kChunks; ++j) {
+            float h[kChunk];
+            chunks[r][j].get(h);
+#pragma unroll
+            for (int i = 0; i < kChunk; ++i) {
+                hk[r] = fmaf(h[i], token.k[j * kChunk + i], hk[r]);
+                hq[r] = fmaf(h[i], token.q[j * kChunk + i], hq[r]);
+            }
+        }
+    }
+    sum_transposed<kLaneRows, kLanes / 2, 1>(hk, lane);
+    sum_transposed<kLaneRows, kLanes / 2, 1>(hq, lane);
+    own_k = hk[0], own_q = hq[0];
+}
+
 }  // namespace gdr

@@ -120,12 +120,6 @@ struct Remains {
     }
 };
 
-constexpr int lanes_for(int chunks) {
-    int lanes = 1;
-    while (lanes < chunks && lanes < 16) lanes *= 2;
-    return lanes;
-}
-
 // A block owns kRows value columns of one head's state; kLanes lanes share a column ("row" below: it is one where the
 // layout is "vk"), each with the same part of K of all of its rows.
 constexpr int kLanes = lanes_for(ceil_div(kK, kChunk));
@@ -399,28 +393,6 @@ struct StateTile {
                                                             Exchange::valid(i, first_row), words);
             }
         }
-    }
-
-    // The products of the rows with k and q: the sums of the own row.
-    __device__ __forceinline__ void products(const LaneToken& token, int lane, float& own_k, float& own_q) {
-        float hk[kLaneRows], hq[kLaneRows];
-#pragma unroll
-        for (int r = 0; r < kLaneRows; ++r) {
-            hk[r] = hq[r] = 0.f;
-#pragma unroll
-            for (int j = 0; j < kChunks; ++j) {
-                float h[kChunk];
-                chunks[r][j].get(h);
-#pragma unroll
-                for (int i = 0; i < kChunk; ++i) {
-                    hk[r] = fmaf(h[i], token.k[j * kChunk + i], hk[r]);
-                    hq[r] = fmaf(h[i], token.q[j * kChunk + i], hq[r]);
-                }
-            }
-        }
-        sum_transposed<kLaneRows, kLanes / 2, 1>(hk, lane);
-        sum_transposed<kLaneRows, kLanes / 2, 1>(hq, lane);
-        own_k = hk[0], own_q = hq[0];
     }
 
     // h = decay h + k (scaled_u)^T + sum_j keys_j updates_j^T, updates by place_of(row); the lane brings what belongs to
