@@ -177,8 +177,8 @@ class Server:
             self.state = DeltaRuleState.load(path, device=self.state.device)
         self.done["reloads"] += 1
 
-    def serve(self, until: float) -> None:
-        while time.monotonic() < until:
+    def serve(self, until: float, departures: int) -> None:
+        while time.monotonic() < until or self.done["departures"] < departures:
             if self.rng.random() < 0.25:
                 self.arrive()
             if self.running and self.rng.random() < 0.1:
@@ -208,19 +208,19 @@ def serve(place: Place, seconds: float, threads: int) -> dict:
     """Serve on several pools at once, each in a thread and on a stream of its own; return what was done."""
     failures: list[BaseException] = []
 
-    def run(seed: int, until: float, servers: list[Server]) -> None:
+    def run(seed: int, until: float, departures: int, servers: list[Server]) -> None:
         try:
             with place.stream():
                 server = Server(place, seed)
                 servers.append(server)
-                server.serve(until)
+                server.serve(until, departures)
         except BaseException as error:
             failures.append(error)
 
-    def together(seconds: float, seed: int) -> list[Server]:
+    def together(seconds: float, seed: int, departures: int = 0) -> list[Server]:
         servers: list[Server] = []
         until = time.monotonic() + seconds
-        workers = [threading.Thread(target=run, args=(seed + n, until, servers)) for n in range(threads)]
+        workers = [threading.Thread(target=run, args=(seed + n, until, departures, servers)) for n in range(threads)]
         for worker in workers:
             worker.start()
         for worker in workers:
@@ -229,7 +229,8 @@ def serve(place: Place, seconds: float, threads: int) -> dict:
             raise failures[0]
         return servers
 
-    together(seconds / 4, 100)  # compiles, and fills every cache
+    # Compiles, however long that takes, and fills every cache.
+    together(seconds / 4, 100, departures=200)
     before, device_before = resident_mib(), place.device_mib()
     servers = together(seconds * 3 / 4, 0)
     total = {name: sum(server.done[name] for server in servers) for name in servers[0].done}
