@@ -5,10 +5,15 @@ struct passed by value (``const __grid_constant__``).  One *specialisation* of i
 definitions; each is one module, compiled by CuPy (NVRTC) the first time it is asked for and kept for the life
 of the process.  CuPy keeps the binaries on disk as well.
 
-Two comments in a source speak to this module (and to the tests that compile without a GPU)::
+Three comments in a source speak to this module (and to the tests that compile without a GPU)::
 
     // requires: sm_80          the oldest GPU the kernel is made for (sm_75 without)
     // options: --use_fast_math more options for NVRTC
+    // launch: dependent        may start before what is ahead of it in its stream has ended, for it waits itself
+
+The last is programmatic dependent launch, of compute capability 9.0 and up; elsewhere the kernel starts when it may.
+Such a kernel calls ``ptx::wait_for_kernels_ahead`` before it reads what a kernel may have written and before it
+writes; all of its blocks do, for the kernel behind it relies on its end to mean the end of all before it.
 
 CuPy itself adds ``-ftz=true``: subnormal float32 numbers count as zero in CUDA kernels.
 """
@@ -24,7 +29,7 @@ import sys
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -62,11 +67,13 @@ class Source(NamedTuple):
     headers: str  # hash of every header of ours that it includes, directly or not
     requires: int  # 75 for compute capability 7.5
     options: tuple[str, ...]
+    dependent: bool  # it waits itself for what is ahead of it
 
 
 _INCLUDE = re.compile(r'^\s*#\s*include\s*["<](gdr/[^">]+)[">]', re.MULTILINE)
 _REQUIRES = re.compile(r"^//\s*requires:\s*sm_(\d+)", re.MULTILINE)
 _OPTIONS = re.compile(r"^//\s*options:\s*(.+)$", re.MULTILINE)
+_DEPENDENT = re.compile(r"^//\s*launch:\s*dependent$", re.MULTILINE)
 
 
 def included(text: str, include: Path) -> dict[str, str]:
@@ -96,6 +103,7 @@ def read_source(stem: str, directory: Path | None = None) -> Source:
         digest.hexdigest()[:16],
         int(requires[1]) if requires else OLDEST,
         tuple(options[1].split()) if options else (),
+        _DEPENDENT.search(text) is not None,
     )
 
 
@@ -225,6 +233,13 @@ def cuda_status() -> Status:
     return Status(True, f"CuPy {cupy.__version__}", devices)
 
 
+# CUlaunchConfig of cuda.h: grid and block, shared memory, stream; then its attributes and how many there are.
+_LAUNCH = struct.Struct("7I Q")
+_CONFIG = struct.Struct(_LAUNCH.format + "Q I 0Q")
+# CUlaunchAttribute: programmatic stream serialization, allowed.
+_ATTRIBUTE = ctypes.create_string_buffer(struct.pack("I 0Q I 60x", 6, 1), 72)
+
+
 class Params(threading.local):
     """A kernel's argument: one C struct, passed by value.  Each thread has its own copy.
 
@@ -240,6 +255,11 @@ class Params(threading.local):
         # cuLaunchKernel wants an array of pointers, one an argument; it copies what they point to.
         self._pointers = (ctypes.c_void_p * 1)(ctypes.addressof(self.buffer))
         self.address = ctypes.addressof(self._pointers)
+        # The same for cuLaunchKernelEx, which takes the shape of a launch as a struct too.
+        config = ctypes.create_string_buffer(_CONFIG.size)
+        _CONFIG.pack_into(config, 0, *[0] * 8, ctypes.addressof(_ATTRIBUTE), 1)
+        self.pack_launch = partial(_LAUNCH.pack_into, config, 0)
+        self.references = ctypes.byref(config), ctypes.byref(self._pointers)
 
     def pack(self, *values: float) -> None:
         """Fill in the struct's fields."""
@@ -260,7 +280,7 @@ class Kernel:
         threads.
     """
 
-    def __init__(self, stem: str, defines: Mapping[str, Define], device: int, raw_kernel: Any) -> None:
+    def __init__(self, stem: str, defines: Mapping[str, Define], device: int, raw_kernel: Any, dependent: bool) -> None:
         driver = _import_cupy().cuda.driver
         self.stem, self.defines, self.device = stem, dict(defines), device
         self._raw_kernel = raw_kernel  # owns the module
@@ -272,6 +292,8 @@ class Kernel:
         self._context: int = driver.ctxGetCurrent()
         self._dynamic_shared: int = raw_kernel.max_dynamic_shared_size_bytes
         self._launch = driver.launchKernel
+        self._launch_dependent = _dependent_launcher(device) if dependent else None
+        self._handle, self._check = ctypes.c_void_p(self.function), driver.check_status
         self._get_context, self._set_context = driver.ctxGetCurrent, driver.ctxSetCurrent
         self._lock = threading.Lock()
 
@@ -294,13 +316,25 @@ class Kernel:
         # A thread that has not used CUDA has no current context, one that uses another device has that one's.
         current = self._get_context()
         if current == self._context:
-            self._launch(self.function, *grid, *block, shared, stream, params.address, 0)
+            self._start(grid, block, params, stream, shared)
             return
         self._set_context(self._context)
         try:
-            self._launch(self.function, *grid, *block, shared, stream, params.address, 0)
+            self._start(grid, block, params, stream, shared)
         finally:
             self._set_context(current)
+
+    def _start(
+        self, grid: tuple[int, int, int], block: tuple[int, int, int], params: Params, stream: int, shared: int
+    ) -> None:
+        if self._launch_dependent is None:
+            self._launch(self.function, *grid, *block, shared, stream, params.address, 0)
+            return
+        params.pack_launch(*grid, *block, shared, stream)
+        config, pointers = params.references
+        status = self._launch_dependent(config, self._handle, pointers, None)
+        if status:
+            self._check(status)
 
     def _allow_shared(self, shared: int) -> None:
         """Ask for more dynamic shared memory than the 48 KiB every kernel may have."""
@@ -362,7 +396,7 @@ def _compile(stem: str, defines: Mapping[str, Define], device: int) -> Kernel:
     module = cupy.RawModule(code=compose(source, defines), options=flags, backend="nvrtc")
     try:
         with cupy.cuda.Device(device), _capture_tolerated():
-            return Kernel(stem, defines, device, module.get_function(stem))
+            return Kernel(stem, defines, device, module.get_function(stem), source.dependent)
     except cupy.cuda.compiler.CompileException as error:
         raise CompileError(_compile_message(stem, defines, flags, str(error))) from error
     except RuntimeError as error:
@@ -387,6 +421,23 @@ def _compile_message(stem: str, defines: Mapping[str, Define], flags: tuple[str,
     )
 
 
+@cache
+def _driver() -> Any:
+    """The CUDA driver's library, for what CuPy does not call; None where it is not found."""
+    try:
+        return ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
+    except OSError:
+        return None
+
+
+def _dependent_launcher(device: int) -> Any:
+    """The driver's cuLaunchKernelEx where kernels can be launched as dependent ones, else None."""
+    # Drivers before CUDA 12.3 know no such edges in the graphs that they capture.
+    if describe_gpu(device).capability < 90 or _import_cupy().cuda.runtime.driverGetVersion() < 12030:
+        return None
+    return getattr(_driver(), "cuLaunchKernelEx", None)
+
+
 @contextmanager
 def _capture_tolerated() -> Iterator[None]:
     """Let this thread load a module while a stream is being captured into a CUDA graph.
@@ -395,12 +446,8 @@ def _capture_tolerated() -> Iterator[None]:
     of it belongs into the graph.
     """
     mode = ctypes.c_int(2)  # CU_STREAM_CAPTURE_MODE_RELAXED
-    try:
-        driver = ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
-        exchange = driver.cuThreadExchangeStreamCaptureMode
-        exchanged = exchange(ctypes.byref(mode)) == 0
-    except (OSError, AttributeError):
-        exchanged = False
+    exchange: Any = getattr(_driver(), "cuThreadExchangeStreamCaptureMode", None)
+    exchanged = exchange is not None and exchange(ctypes.byref(mode)) == 0
     try:
         yield
     finally:

@@ -141,6 +141,7 @@ def _build(stem: str, defines: tuple[tuple[str, loader.Define], ...], directory:
     assert COMPILER
     options = ["-std=c++20", *OPTIMIZE, "-w", "-shared", "-fPIC", "-fno-gnu-unique"]
     options += [f'-DSOURCE="{file}"', f"-DKERNEL={stem}", f"-D__CUDA_ARCH__={10 * max(source.requires, 80)}"]
+    options += [f"-DDEPENDENT={int(source.dependent)}"]
     includes = [f"-I{HERE}", f"-I{loader.sources() / 'include'}"]
     subprocess.run([COMPILER, *options, *includes, str(HERE / "kernel.cpp"), "-o", str(library)], check=True)
     return ctypes.CDLL(str(library))

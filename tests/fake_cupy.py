@@ -12,6 +12,7 @@ class FakeCupy(types.SimpleNamespace):
 
     def __init__(self) -> None:
         self.capability = "90"
+        self.driver_version = 12080
         self.compiled: list[tuple[str, tuple[str, ...]]] = []
         self.launches: list[tuple[int, tuple]] = []
         self.context = 11
@@ -20,16 +21,21 @@ class FakeCupy(types.SimpleNamespace):
             launchKernel=lambda *args: self.launches.append((self.context, args)),
             ctxGetCurrent=lambda: self.context,
             ctxSetCurrent=lambda context: setattr(self, "context", context),
+            check_status=self.check_status,
         )
         super().__init__(
             cuda=types.SimpleNamespace(
-                runtime=types.SimpleNamespace(getDeviceCount=lambda: 1),
+                runtime=types.SimpleNamespace(getDeviceCount=lambda: 1, driverGetVersion=lambda: self.driver_version),
                 driver=driver,
                 compiler=types.SimpleNamespace(CompileException=self.CompileException),
                 Device=lambda ordinal: FakeDevice(self.capability),
             ),
             RawModule=self.raw_module,
         )
+
+    @staticmethod
+    def check_status(status: int) -> None:
+        raise RuntimeError(f"driver error {status}")
 
     def raw_module(self, *, code: str, options: tuple[str, ...], backend: str) -> types.SimpleNamespace:
         def get_function(name: str) -> types.SimpleNamespace:

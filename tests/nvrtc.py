@@ -37,6 +37,7 @@ class Compiled(NamedTuple):
     stack: int
     shared: int  # static
     params: int  # size of the kernel's one argument
+    waits_first: bool  # for the kernels ahead, in the order of the PTX; then it uses global memory
     seconds: float
     log: str
 
@@ -90,6 +91,7 @@ def compile(stem: str, defines: Mapping[str, loader.Define], arch: int, director
     def number(pattern: str) -> int:
         return sum(int(match) for match in re.findall(pattern, entry))
 
+    first = re.search(r"\bgriddepcontrol\.wait|\b(?:ld|st|atom|red|cp)\.[\w.:]*global|\bcp\.async", ptx)
     argument = re.search(rf"\.param \.align \d+ \.b8 {stem}_param_0\[(\d+)\]", ptx)
     return Compiled(
         stem=stem,
@@ -100,6 +102,7 @@ def compile(stem: str, defines: Mapping[str, loader.Define], arch: int, director
         stack=number(r"(\d+) bytes stack frame"),
         shared=number(r"(\d+) bytes smem"),
         params=int(argument[1]) if argument else 0,
+        waits_first=first is not None and first[0].startswith("griddepcontrol"),
         seconds=time.perf_counter() - start,
         log=log,
     )

@@ -1,11 +1,13 @@
 from __future__ import annotations
 
+import ctypes
 import subprocess
 import sys
 import threading
 import time
 import types
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -88,6 +90,9 @@ def test_a_source_says_what_it_needs(toy: Path) -> None:
     source = loader.read_source("new")
     assert source.requires == 80
     assert loader.options(source)[-2:] == ("--use_fast_math", "--maxrregcount=64")
+    assert not source.dependent
+    (toy / "waits.cu").write_text("// launch: dependent\n")
+    assert loader.read_source("waits").dependent
     assert loader.read_source("reverse").requires == 75
 
 
@@ -144,6 +149,82 @@ def test_a_launch_uses_the_context_of_the_kernel(fake: FakeCupy) -> None:
     kernel.launch((2, 1, 1), (32, 1, 1), params, 5)
     assert fake.launches == [(11, expected), (11, expected)]
     assert fake.context == 0
+
+
+@pytest.fixture
+def launches(monkeypatch: pytest.MonkeyPatch) -> list[tuple]:
+    """What reaches a driver that knows dependent launches: bytes of the configuration, kernel, and its struct."""
+    found: list[tuple] = []
+
+    def launch(config: Any, function: Any, pointers: Any, extra: None) -> int:
+        address = ctypes.cast(pointers._obj[0], ctypes.POINTER(ctypes.c_uint64))
+        found.append((bytes(config._obj), function.value, address[0]))
+        return len(found) - 1
+
+    monkeypatch.setattr(loader, "_driver", lambda: types.SimpleNamespace(cuLaunchKernelEx=launch))
+    return found
+
+
+@pytest.fixture
+def dependent(fake: FakeCupy) -> str:
+    """Name of a kernel that waits itself for what is ahead of it."""
+    (loader.sources() / "waits.cu").write_text(f"// launch: dependent\n{AXPY}")
+    return "waits"
+
+
+def test_a_kernel_that_waits_is_launched_as_a_dependent_one(fake: FakeCupy, launches: list, dependent: str) -> None:
+    params = loader.Params("QQqf")
+    params.pack(77, 2, 3, 4.0)
+    loader.load("axpy", {}, 0).launch((2, 3, 4), (32, 1, 1), params, 5)
+    assert launches == []
+    assert len(fake.launches) == 1
+    kernel = loader.load(dependent, {}, 0)
+    kernel.launch((2, 3, 4), (32, 1, 1), params, 5, shared=96)
+    assert len(fake.launches) == 1
+    (config, function, first), = launches  # fmt: skip
+    assert (function, first) == (7, 77)
+    *numbers, attributes, count = loader._CONFIG.unpack(config)
+    assert numbers == [2, 3, 4, 32, 1, 1, 96, 5]
+    assert count == 1
+    assert ctypes.string_at(attributes, 72) == bytes(loader._ATTRIBUTE)
+    with pytest.raises(RuntimeError, match="driver error 1"):
+        kernel.launch((1, 1, 1), (32, 1, 1), params, 5)
+
+
+def test_old_gpus_and_drivers_launch_the_ordinary_way(
+    fake: FakeCupy, launches: list, dependent: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    params = loader.Params("QQqf")
+    fake.capability = "89"
+    loader.load(dependent, {"A": 1}, 0).launch((1, 1, 1), (32, 1, 1), params, 5)
+    fake.capability, fake.driver_version = "90", 12020
+    loader.describe_gpu.cache_clear()
+    loader.load(dependent, {"A": 2}, 0).launch((1, 1, 1), (32, 1, 1), params, 5)
+    fake.driver_version = 12030
+    for driver in (None, types.SimpleNamespace()):
+        monkeypatch.setattr(loader, "_driver", lambda driver=driver: driver)
+        loader.load(dependent, {"A": str(driver)}, 0).launch((1, 1, 1), (32, 1, 1), params, 5)
+    assert launches == []
+    assert len(fake.launches) == 4
+
+
+def test_the_structs_of_a_dependent_launch_are_the_drivers() -> None:
+    driver = pytest.importorskip("cuda.bindings.driver")
+    attribute = driver.CUlaunchAttribute()
+    attribute.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+    attribute.value.programmaticStreamSerializationAllowed = 1
+    config = driver.CUlaunchConfig()
+    config.gridDimX, config.gridDimY, config.gridDimZ = 1, 2, 3
+    config.blockDimX, config.blockDimY, config.blockDimZ, config.sharedMemBytes = 4, 5, 6, 7
+    config.hStream = driver.CUstream(8)
+    config.attrs, config.numAttrs = [attribute], 1
+    *numbers, attributes, count = loader._CONFIG.unpack(ctypes.string_at(config.getPtr(), loader._CONFIG.size))
+    assert (numbers, count) == ([1, 2, 3, 4, 5, 6, 7, 8], 1)
+    # Two in a row show the size of one.
+    assert ctypes.string_at(attributes, 72) == bytes(loader._ATTRIBUTE)
+    config.attrs, config.numAttrs = [attribute, attribute], 2
+    attributes = loader._CONFIG.unpack(ctypes.string_at(config.getPtr(), loader._CONFIG.size))[-2]
+    assert ctypes.string_at(attributes, 144) == 2 * bytes(loader._ATTRIBUTE)
 
 
 def test_an_empty_grid_launches_nothing(fake: FakeCupy) -> None:

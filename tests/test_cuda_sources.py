@@ -128,6 +128,8 @@ def check(compiled: Iterable[nvrtc.Compiled]) -> None:
     for kernel in compiled:
         if kernel.stem in layouts:
             assert kernel.params == layouts[kernel.stem].size, f"the arguments of {kernel.stem} have another layout"
+        if kernel.arch >= 90 and loader.read_source(kernel.stem).dependent:
+            assert kernel.waits_first, f"{kernel.stem} is launched as a dependent kernel and does not wait first"
 
 
 def params_layouts() -> dict[str, loader.Params]:

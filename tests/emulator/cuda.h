@@ -64,7 +64,7 @@ alignas(1024) inline char shared[kSharedBytes];  // the dynamic shared memory
 struct Fiber {
     ucontext_t context;
     std::vector<char> stack;
-    bool done;
+    bool done, waited;  // for the kernels ahead
 };
 inline Fiber fibers[kMostThreads];
 inline ucontext_t scheduler;

@@ -35,7 +35,7 @@ extern "C" int run(const void* arguments, int blocks_x, int blocks_y, int blocks
                 for (auto& meeting : of_warps) meeting = {};
                 for (int i = 0; i < threads; ++i) {
                     Fiber& f = fibers[i];
-                    f.stack.resize(kStack), f.done = false;
+                    f.stack.resize(kStack), f.done = f.waited = false;
                     ASAN_UNPOISON_MEMORY_REGION(f.stack.data(), kStack);  // a thread ends without leaving its frames
                     getcontext(&f.context);
                     f.context.uc_stack.ss_sp = f.stack.data(), f.context.uc_stack.ss_size = f.stack.size();

@@ -107,6 +107,21 @@ __device__ __forceinline__ char* dynamic_shared() {
     return memory;
 }
 
+// Kernels that are launched as dependent ones (see gdr/_cuda_loader.py). The first waits until every kernel ahead in the
+// stream has ended and what it wrote can be seen; the second lets the kernel behind start as soon as all blocks have
+// called it or ended, in the room that they leave: that kernel waits itself.
+__device__ __forceinline__ void wait_for_kernels_ahead() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
+__device__ __forceinline__ void let_kernel_behind_start() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+
 // Makes a register's value unknown to the compiler, which then converts it again where it is used rather than keep
 // the converted values alive.
 __device__ __forceinline__ void forget(u32& x) { asm volatile("" : "+r"(x)); }

@@ -25,6 +25,10 @@ void copy(void* to, const void* from, const void* aligned) {
         fprintf(stderr, "%d bytes at an address that is no multiple of that\n", kBytes);
         abort();
     }
+    if (DEPENDENT && !fibers[current].waited) {
+        fprintf(stderr, "a dependent kernel uses memory before it waits\n");
+        abort();
+    }
     memcpy(to, from, kBytes);
 }
 inline void load_streaming(const void* from, u32 (&x)[4]) { copy<16>(x, from, from); }
@@ -47,6 +51,8 @@ inline void copy16(void* to, const void* from, bool exists) {
 }
 inline void wait_copies() {}
 inline char* dynamic_shared() { return shared; }
+inline void wait_for_kernels_ahead() { fibers[current].waited = true; }
+inline void let_kernel_behind_start() {}
 inline void forget(u32&) {}
 
 }  // namespace ptx
