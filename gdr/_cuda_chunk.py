@@ -4,19 +4,20 @@ Where few states leave the device idle, long sequences are cut into segments tha
 more kernels have found the states between them; cuda/include/gdr/chunk.cuh says how.
 
 How a call is cut up follows from shapes, dtypes and the device, never from data.  What the kernels do not take runs on
-the fused recurrence, which gives the same answer: float32 q, k and v; V that is no multiple of 16; devices before
-compute capability 8.0; and tiles that do not fit a block's shared memory (K above 128 needs 176 KiB).
+the fused recurrence, which gives the same answer: V that is no multiple of 16; devices before compute capability 8.0;
+and tiles that do not fit a block's shared memory (K above 128 needs 176 KiB).  Those of float32 q, k and v are launched
+by _cuda_chunk_f32.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import reduce
 from operator import or_
 from typing import Any, NamedTuple
 
-from gdr import _arrays, _cuda_fused_recurrent, _cuda_loader
-from gdr._cuda_fused_recurrent import TYPES, Pointers
+from gdr import _arrays, _cuda_chunk_f32, _cuda_fused_recurrent, _cuda_loader
+from gdr._cuda_fused_recurrent import SIZES, TYPES, Pointers
 from gdr._cuda_loader import Gpu, describe_gpu
 from gdr._inputs import Call, refuse_misaligned
 from gdr._spec import Spec
@@ -28,6 +29,7 @@ MAX_WORKSPACE = 512 << 20
 # The C struct Params of chunk.cuh: pointers; scalars and the chunks of this launch; then what a Spec fixes.
 _params = _cuda_loader.Params("18Q 3f2i 18q 6q 2q 2q q 5i 4i 3i")
 PARAMS = dict.fromkeys(("chunk_prepare", "chunk_state", "chunk_state_sm90", "chunk_combine"), _params)
+PARAMS |= dict.fromkeys(("chunk_prepare_f32", "chunk_state_f32"), _params)
 
 _HEAD_TILE = 2 * 10 * 512 + 3 * CHUNK * 4  # bytes of T, P and the decays of a chunk and value head
 _captured: list[Any] = []  # workspaces of CUDA graphs, which live as long as the process
@@ -124,19 +126,34 @@ class Plan:
         )
         return kernels
 
+    def run(self, call: Call) -> None:
+        """Fill ``call.out`` and ``call.final_state``."""
+        _run(call, self)
+
 
 def run(call: Call) -> None:
     """Fill ``call.out`` and ``call.final_state``."""
-    spec = call.spec
-    plan = spec.plan.get("chunk")
-    if plan is None:
-        cut = pick_cut(spec, call.batch_invariant, describe_gpu(int(spec.device)))
-        plan = _cuda_fused_recurrent if cut is None else Plan(call, cut)
-        spec.plan["chunk"] = plan
-    if isinstance(plan, Plan):
-        _run(call, plan)
-    else:
-        _cuda_fused_recurrent.run(call)
+    plan = call.spec.plan
+    runner = plan.get("chunk")
+    if runner is None:
+        runner = plan["chunk"] = _runner(call)
+    runner(call)
+
+
+def _runner(call: Call) -> Callable[[Call], None]:
+    """What runs the calls with one signature."""
+    plan = make_plan(call)
+    return _cuda_fused_recurrent.run if plan is None else plan.run
+
+
+def make_plan(call: Call) -> Plan | _cuda_chunk_f32.Plan | None:
+    """Plan a call; None where the fused recurrence runs instead."""
+    spec, gpu = call.spec, describe_gpu(int(call.spec.device))
+    if spec.dtype == "float32":
+        tile = _cuda_chunk_f32.pick_tile(spec, gpu)
+        return None if tile is None else _cuda_chunk_f32.Plan(call, tile)
+    cut = pick_cut(spec, call.batch_invariant, gpu)
+    return None if cut is None else Plan(call, cut)
 
 
 def _run(call: Call, plan: Plan) -> None:
@@ -148,7 +165,7 @@ def _run(call: Call, plan: Plan) -> None:
     aligned = not (q | k | v | out) & 15 and plan.fixed.aligned
     prepare, *walks = plan.kernels.get(aligned) or plan.load(aligned)
     stream = call.stream
-    workspace = _workspace(call, plan, stream)  # a reference until all is launched
+    workspace = borrow_workspace(call, plan.workspace, stream)  # a reference until all is launched
     tiles = _arrays.pointer(workspace)
     head_tiles = tiles + plan.at_once * plan.key_tiles
     carried = tiles + plan.workspace - 2 * plan.carried
@@ -165,16 +182,16 @@ def _run(call: Call, plan: Plan) -> None:
             kernel.launch((blocks, 1, 1), (threads, 1, 1), _params, stream, shared)
 
 
-def _workspace(call: Call, plan: Plan, stream: int) -> Any:
+def borrow_workspace(call: Call, size: int, stream: int) -> Any:
     """Scratch of a call, lent by the caller or allocated."""
     lent = call.workspace
     if lent is None:
-        workspace = call.library.empty((plan.workspace,), "uint8", call.spec.device)
+        workspace = call.library.empty((size,), "uint8", call.spec.device)
         if call.library.name != "torch" and _capturing(stream):
             _captured.append(workspace)
         return workspace
-    if lent.shape[0] < plan.workspace:
-        raise ValueError(f"workspace: expected at least {plan.workspace} bytes, got {lent.shape[0]}")
+    if lent.shape[0] < size:
+        raise ValueError(f"workspace: expected at least {size} bytes, got {lent.shape[0]}")
     if _arrays.pointer(lent) % 128:
         raise ValueError("workspace: expected an address that is a multiple of 128")
     return lent
@@ -182,15 +199,15 @@ def _workspace(call: Call, plan: Plan, stream: int) -> Any:
 
 def scratch(call: Call) -> int:
     """Bytes of scratch that a call needs."""
-    cut = pick_cut(call.spec, call.batch_invariant, describe_gpu(int(call.spec.device)))
-    return 0 if cut is None else Plan(call, cut).workspace
+    plan = make_plan(call)
+    return 0 if plan is None else plan.workspace
 
 
-def count_chunks(spec: Spec) -> int:
+def count_chunks(spec: Spec, chunk: int = CHUNK) -> int:
     """Chunk numbers of a call, known without reading cu_seqlens: packed sequences may leave one out each."""
     if spec.varlen:
-        return spec.T // CHUNK + spec.N
-    return max(1, spec.N * -(-spec.T // CHUNK))
+        return spec.T // chunk + spec.N
+    return max(1, spec.N * -(-spec.T // chunk))
 
 
 def pick_cut(spec: Spec, batch_invariant: bool, gpu: Gpu) -> Cut | None:
@@ -198,7 +215,7 @@ def pick_cut(spec: Spec, batch_invariant: bool, gpu: Gpu) -> Cut | None:
 
     Columns never show in the bits of a result; splits of keys and segments do, so `batch_invariant` fixes them.
     """
-    if gpu.capability < 80 or spec.dtype == "float32" or spec.V % 16 or not spec.N * spec.HV:
+    if gpu.capability < 80 or spec.V % 16 or not spec.N * spec.HV:
         return None
     if gpu.capability == 90 and spec.K <= 128 and spec.V % 64 == 0:
         cuts = _cuts_by_warpgroups(spec, batch_invariant)
@@ -269,6 +286,11 @@ def _estimate(spec: Spec, cut: Cut, gpu: Gpu) -> float:
 
 def specializations(spec: Spec, gpu: Gpu) -> list[tuple[str, dict[str, _cuda_loader.Define]]]:
     """List the kernels that aligned calls with this `Spec` use on a GPU."""
+    if spec.dtype == "float32":
+        tile = _cuda_chunk_f32.pick_tile(spec, gpu)
+        if tile is not None:
+            return _cuda_chunk_f32.specialize(spec, tile, True)
+        return _cuda_fused_recurrent.specializations(spec, gpu)
     cut = pick_cut(spec, False, gpu)
     if cut is None:
         return _cuda_fused_recurrent.specializations(spec, gpu)
@@ -279,6 +301,22 @@ def _specialize(
     spec: Spec, cut: Cut, aligned: bool, wide: bool = False
 ) -> list[tuple[str, dict[str, _cuda_loader.Define]]]:
     """Stems and definitions of a call's kernels, in order."""
+    shared, state, none, gates = definitions(spec, aligned, wide)
+
+    def walk(tile: Tile) -> tuple[str, dict[str, _cuda_loader.Define]]:
+        defines = shared | state | {"GDR_COLUMNS": tile.columns, "GDR_STAGES": tile.stages}
+        if tile.warpgroups:
+            return "chunk_state_sm90", defines | {"GDR_COMPOSE": tile.compose}
+        return "chunk_state", defines | {"GDR_SPLIT": tile.split}
+
+    kernels = [("chunk_prepare", shared | none | gates), walk(cut.tile)]
+    if cut.segment:
+        kernels[1:1] = [walk(cut.compose), ("chunk_combine", shared | none | gates | {"GDR_V": spec.V})]
+    return kernels
+
+
+def definitions(spec: Spec, aligned: bool, wide: bool = False) -> tuple[dict[str, _cuda_loader.Define], ...]:
+    """Definitions of all kernels of a call; of those that have states, and of those that have none; of gates."""
     shared: dict[str, _cuda_loader.Define] = {
         "GDR_QKV": TYPES[spec.dtype],
         "GDR_K": spec.K,
@@ -296,17 +334,7 @@ def _specialize(
     }
     none: dict[str, _cuda_loader.Define] = {"GDR_INITIAL": -1, "GDR_FINAL": -1, "GDR_V": 16, "GDR_VK": False}
     gates: dict[str, _cuda_loader.Define] = {"GDR_RAW_GATES": spec.gates == "raw", "GDR_L2NORM": spec.l2norm}
-
-    def walk(tile: Tile) -> tuple[str, dict[str, _cuda_loader.Define]]:
-        defines = shared | state | {"GDR_COLUMNS": tile.columns, "GDR_STAGES": tile.stages}
-        if tile.warpgroups:
-            return "chunk_state_sm90", defines | {"GDR_COMPOSE": tile.compose}
-        return "chunk_state", defines | {"GDR_SPLIT": tile.split}
-
-    kernels = [("chunk_prepare", shared | none | gates), walk(cut.tile)]
-    if cut.segment:
-        kernels[1:1] = [walk(cut.compose), ("chunk_combine", shared | none | gates | {"GDR_V": spec.V})]
-    return kernels
+    return shared, state, none, gates
 
 
 class _Fixed(NamedTuple):
@@ -331,8 +359,9 @@ def _fixed(spec: Spec, heads_per_block: int, segment: int) -> _Fixed:
         *(TYPES[spec.dtypes.get(name)] for name in ("A_log", "dt_bias", a, b)),
         *(spec.dtypes.get(name) == "int64" for name in ("initial_slots", "final_slots", "cu_seqlens")),
     )
-    aligned = spec.K % 8 == 0 and all(
-        not step % 8
+    together = 16 // SIZES[spec.dtype]
+    aligned = spec.K % together == 0 and all(
+        not step % together
         for name in ("q", "k", "v", "out")
         for step, extent in zip(spec.strides[name][:3], spec.shapes[name])
         if extent > 1

@@ -17,8 +17,9 @@ from gdr import reference
 from gdr.testing import assert_close, make_inputs
 
 DTYPES = ["float32", "float16", "bfloat16"]
-# A GPU rounds 16-bit operands of its matrix products, so its kernels may be off by a rounding of the inputs.
-RTOL_CUDA = {"float32": 3e-6, "float16": 1e-3, "bfloat16": 8e-3}
+# A GPU rounds 16-bit operands of its matrix products, so its kernels may be off by a rounding of the inputs; those of
+# float32 are products of three.
+RTOL_CUDA = {"float32": 5e-6, "float16": 1e-3, "bfloat16": 8e-3}
 
 
 def chunk(place, x, **options):

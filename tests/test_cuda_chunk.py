@@ -11,6 +11,7 @@ from places import assert_same_bits, given
 
 import gdr
 from gdr import _cuda_chunk as cuda_chunk
+from gdr import _cuda_chunk_f32 as cuda_chunk_f32
 from gdr import _cuda_loader as loader
 from gdr import _inputs, reference
 from gdr._spec import OPERANDS, Form
@@ -18,8 +19,8 @@ from gdr.testing import Inputs, assert_close, make_inputs, to_library, to_numpy
 
 pytestmark = pytest.mark.gpu
 
-RTOL_O = {"bfloat16": 2.5e-3, "float16": 1e-3}
-RTOL_STATE = 1e-3
+RTOL_O = {"bfloat16": 2.5e-3, "float16": 1e-3, "float32": 5e-6}
+RTOL_STATE = {"bfloat16": 1e-3, "float16": 1e-3, "float32": 5e-6}
 
 
 def on_device(x: Any) -> Any:
@@ -39,7 +40,7 @@ def poisoned(x: np.ndarray) -> Any:
     return on_device(np.full(x.shape, np.nan).astype(x.dtype))
 
 
-def assert_chunk(x: Inputs, rtol_o: float | None = None, rtol_h: float = RTOL_STATE, **options: Any) -> None:
+def assert_chunk(x: Inputs, rtol_o: float | None = None, rtol_h: float | None = None, **options: Any) -> None:
     options.setdefault("initial_state", x.initial_state)
     o, h = chunk(x, **options)
     options.pop("batch_invariant", None)
@@ -47,31 +48,34 @@ def assert_chunk(x: Inputs, rtol_o: float | None = None, rtol_h: float = RTOL_ST
         *given(x), output_final_state=True, cu_seqlens=x.cu_seqlens, **options
     )
     assert_close(o, want_o, rtol=rtol_o or RTOL_O[x.v.dtype.name], name="o")
-    assert_close(h, want_h, rtol=rtol_h, name="h")
+    assert_close(h, want_h, rtol=rtol_h or RTOL_STATE[x.v.dtype.name], name="h")
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
 @pytest.mark.parametrize("gates", ["ordinary", "slow", "fast", "none"])
 def test_accuracy(dtype: str, gates: str) -> None:
     assert_chunk(make_inputs(B=2, T=400, H=2, HV=4, K=128, V=128, dtype=dtype, gates=gates))
 
 
-@pytest.mark.parametrize("T", [1, 2, 15, 16, 17, 63, 64, 65, 127, 128, 129, 200, 1000])
-def test_lengths(T: int) -> None:
-    assert_chunk(make_inputs(B=1, T=T, H=1, HV=2, K=128, V=128, dtype="bfloat16", seed=T))
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("T", [1, 2, 15, 16, 17, 31, 33, 63, 64, 65, 127, 128, 129, 200, 1000])
+def test_lengths(T: int, dtype: str) -> None:
+    assert_chunk(make_inputs(B=1, T=T, H=1, HV=2, K=128, V=128, dtype=dtype, seed=T))
 
 
 @pytest.mark.parametrize("lengths", [[0, 1, 63, 0, 65, 64, 200, 0], [130], [3] * 70, [0, 1], [64, 128, 64]])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 @pytest.mark.parametrize("layout", ["kv", "vk"])
-def test_packed_sequences(lengths: list[int], layout: str) -> None:
-    x = make_inputs(lengths=lengths, H=1, HV=3, K=64, V=64, dtype="bfloat16", layout=layout)
+def test_packed_sequences(lengths: list[int], layout: str, dtype: str) -> None:
+    x = make_inputs(lengths=lengths, H=1, HV=3, K=64, V=64, dtype=dtype, layout=layout)
     assert_chunk(x, state_layout=layout)
 
 
 @pytest.mark.parametrize("K", [32, 64, 96, 100, 128, 192, 256])
 @pytest.mark.parametrize("V", [16, 32, 64, 96, 128, 256])
-def test_head_dimensions(K: int, V: int) -> None:
-    assert_chunk(make_inputs(B=1, T=150, H=2, HV=2, K=K, V=V, dtype="bfloat16", seed=K + V))
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_head_dimensions(K: int, V: int, dtype: str) -> None:
+    assert_chunk(make_inputs(B=1, T=150, H=2, HV=2, K=K, V=V, dtype=dtype, seed=K + V))
 
 
 TILES = [(c, s, n, False) for c in (16, 32, 64, 128) for s in (1, 2) for n in (2, 3) if c * s < 256]
@@ -83,6 +87,16 @@ def use(monkeypatch: pytest.MonkeyPatch, cut: cuda_chunk.Cut) -> None:
         pytest.skip("not on this GPU")
     monkeypatch.setattr(cuda_chunk, "pick_cut", lambda *_: cut)
     _inputs._specs.clear()  # they keep how calls are divided
+
+
+@pytest.mark.parametrize("tile", [(16, 2), (16, 4), (32, 2), (32, 4), (64, 2)])
+def test_tiles_of_float32(tile: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    chosen = cuda_chunk_f32.Tile(*tile)
+    if chosen.shared(128) > cuda_chunk.describe_gpu(0).shared:
+        pytest.skip("not on this GPU")
+    monkeypatch.setattr(cuda_chunk_f32, "pick_tile", lambda *_: chosen)
+    _inputs._specs.clear()
+    assert_chunk(make_inputs(B=1, T=333, H=1, HV=2, K=128, V=128, dtype="float32"))
 
 
 @pytest.mark.parametrize("tile", [*TILES, (64, 1, 2, True), (64, 1, 3, True), (128, 1, 3, True)])
@@ -119,8 +133,9 @@ def test_one_long_sequence_with_few_heads_is_cut() -> None:
 
 @pytest.mark.parametrize("keys", ["random", "correlated"])
 @pytest.mark.parametrize("normalize", [False, True])
-def test_raw_gates_and_norm_from_a_pool(keys: str, normalize: bool) -> None:
-    x = make_inputs(lengths=[70, 0, 300, 5], H=2, HV=4, K=128, V=128, dtype="bfloat16", keys=keys, normalize=normalize)
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_raw_gates_and_norm_from_a_pool(keys: str, normalize: bool, dtype: str) -> None:
+    x = make_inputs(lengths=[70, 0, 300, 5], H=2, HV=4, K=128, V=128, dtype=dtype, keys=keys, normalize=normalize)
     slots = x.slots.copy()
     slots[3] = -1
     there = x.to("cupy", "cuda")
@@ -137,10 +152,10 @@ def test_raw_gates_and_norm_from_a_pool(keys: str, normalize: bool) -> None:
         x.A_log, x.a, x.dt_bias, 1.0, 20.0, x.q, x.k, x.v, x.b, x.state, slots,
         use_qk_l2norm_in_kernel=True, cu_seqlens=x.cu_seqlens,
     )  # fmt: skip
-    assert_close(to_numpy(call.out), want_o, rtol=3e-3, name="o")
+    assert_close(to_numpy(call.out), want_o, rtol=3e-3 if dtype == "bfloat16" else RTOL_O[dtype], name="o")
     assert not to_numpy(call.out)[0, 370:].astype(np.float32).any()
     got = to_numpy(there.state)
-    assert_close(got, want_state, rtol=RTOL_STATE, name="pool")
+    assert_close(got, want_state, rtol=RTOL_STATE[dtype], name="pool")
     untouched = [n for n in range(len(x.state)) if n not in (slots[0], slots[2])]
     assert_same_bits(got[untouched], x.state[untouched])
 
@@ -152,9 +167,10 @@ def test_state_dtypes(state_dtype: str, layout: str) -> None:
     assert_chunk(x, state_layout=layout)
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 @pytest.mark.parametrize("decay", [0.0, -1e-6, -80.0, -1e4, -np.inf])
-def test_extreme_decays(decay: float) -> None:
-    x = make_inputs(B=1, T=200, H=1, HV=2, K=128, V=128, dtype="bfloat16")
+def test_extreme_decays(decay: float, dtype: str) -> None:
+    x = make_inputs(B=1, T=200, H=1, HV=2, K=128, V=128, dtype=dtype)
     x.g[:, 30::37] = decay
     with np.errstate(all="ignore"):
         assert_chunk(x)
@@ -166,21 +182,25 @@ def test_extreme_decays(decay: float) -> None:
         assert np.isfinite(o.astype(np.float32)).all()
 
 
-def test_correlated_keys() -> None:
-    x = make_inputs(B=1, T=512, H=2, HV=4, K=128, V=128, dtype="bfloat16", keys="correlated", gates="none")
-    assert_chunk(x, rtol_o=8e-3, rtol_h=4e-3)
+@pytest.mark.parametrize(("dtype", "rtol_o", "rtol_h"), [("bfloat16", 8e-3, 4e-3), ("float32", None, None)])
+def test_correlated_keys(dtype: str, rtol_o: float | None, rtol_h: float | None) -> None:
+    x = make_inputs(B=1, T=512, H=2, HV=4, K=128, V=128, dtype=dtype, keys="correlated", gates="none")
+    assert_chunk(x, rtol_o, rtol_h)
 
 
-@pytest.mark.parametrize("scale", [1e-3, 1e4])
-def test_magnitudes(scale: float) -> None:
-    x = make_inputs(B=1, T=300, H=1, HV=2, K=128, V=128, dtype="bfloat16")
+@pytest.mark.parametrize(
+    ("dtype", "scale"), [("bfloat16", 1e-3), ("bfloat16", 1e4), ("float32", 1e-25), ("float32", 1e30)]
+)
+def test_magnitudes(dtype: str, scale: float) -> None:
+    x = make_inputs(B=1, T=300, H=1, HV=2, K=128, V=128, dtype=dtype)
     x.v = (x.v.astype(np.float32) * scale).astype(x.v.dtype)
     assert_chunk(x, initial_state=(x.initial_state * scale).astype(np.float32))
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 @pytest.mark.parametrize("name", ["q", "k", "v", "out"])
-def test_strides_and_odd_addresses(name: str) -> None:
-    x = make_inputs(B=2, T=130, H=2, HV=4, K=64, V=64, dtype="bfloat16")
+def test_strides_and_odd_addresses(name: str, dtype: str) -> None:
+    x = make_inputs(B=2, T=130, H=2, HV=4, K=64, V=64, dtype=dtype)
     dense = chunk(x)
     there = x.to("cupy", "cuda")
     there.out = poisoned(x.v)
@@ -194,26 +214,28 @@ def test_strides_and_odd_addresses(name: str) -> None:
     assert_same_bits(h, dense[1])
 
 
-def test_many_sequences_and_heads_and_short_workspace(monkeypatch: pytest.MonkeyPatch) -> None:
-    x = make_inputs(lengths=[700, 0, 10, 900], H=2, HV=12, K=64, V=64, dtype="float16")
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+def test_many_sequences_and_heads_and_short_workspace(dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    x = make_inputs(lengths=[700, 0, 10, 900], H=2, HV=12, K=64, V=64, dtype=dtype)
     want = chunk(x, initial_state=x.initial_state)
     monkeypatch.setattr(cuda_chunk, "MAX_WORKSPACE", 1 << 20)
-    parts = make_inputs(lengths=[700, 0, 10, 900], H=2, HV=12, K=64, V=64, dtype="float16")
+    parts = make_inputs(lengths=[700, 0, 10, 900], H=2, HV=12, K=64, V=64, dtype=dtype)
     _inputs._specs.clear()
     for got, whole in zip(chunk(parts, initial_state=parts.initial_state), want):
         assert_same_bits(got, whole)
     _inputs._specs.clear()
 
 
-def test_same_bits_every_time_and_in_any_batch() -> None:
-    x = make_inputs(lengths=[200, 64, 333], H=2, HV=4, K=128, V=128, dtype="bfloat16")
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_same_bits_every_time_and_in_any_batch(dtype: str) -> None:
+    x = make_inputs(lengths=[200, 64, 333], H=2, HV=4, K=128, V=128, dtype=dtype)
     options = {"initial_state": x.initial_state, "batch_invariant": True}
     o, h = chunk(x, **options)
     for _ in range(3):
         again = chunk(x, **options)
         assert_same_bits(again[0], o)
         assert_same_bits(again[1], h)
-    alone = make_inputs(lengths=[333], H=2, HV=4, K=128, V=128, dtype="bfloat16")
+    alone = make_inputs(lengths=[333], H=2, HV=4, K=128, V=128, dtype=dtype)
     for name in ("q", "k", "v", "g", "beta"):
         getattr(alone, name)[...] = getattr(x, name)[:, 264:]
     o1, h1 = chunk(alone, initial_state=x.initial_state[2:], batch_invariant=True)
@@ -221,10 +243,11 @@ def test_same_bits_every_time_and_in_any_batch() -> None:
     assert_same_bits(h1, h[2:])
 
 
-def test_capture() -> None:
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_capture(dtype: str) -> None:
     import cupy
 
-    x = make_inputs(B=1, T=200, H=1, HV=2, K=128, V=128, dtype="bfloat16")
+    x = make_inputs(B=1, T=200, H=1, HV=2, K=128, V=128, dtype=dtype)
     there = x.to("cupy", "cuda")
     out = poisoned(x.v)
     stream = cupy.cuda.Stream(non_blocking=True)
@@ -241,7 +264,8 @@ def test_capture() -> None:
 
 
 def test_no_spills() -> None:
-    chunk(make_inputs(B=1, T=64, H=1, HV=2, K=128, V=128, dtype="bfloat16"))
+    for dtype in ("bfloat16", "float32"):
+        chunk(make_inputs(B=1, T=64, H=1, HV=2, K=128, V=128, dtype=dtype))
     kernels = [k for k in loader._kernels.values() if k.stem in cuda_chunk.PARAMS]
     assert kernels
     assert max(kernel.local_bytes for kernel in kernels) <= 16  # a few values outside the loops

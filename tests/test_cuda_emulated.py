@@ -15,6 +15,7 @@ from test_cuda_ring import Pool as RingPool
 
 import gdr
 from gdr import _cuda_chunk as cuda_chunk
+from gdr import _cuda_chunk_f32 as cuda_chunk_f32
 from gdr import _cuda_ring as cuda_ring
 from gdr import reference
 from gdr.testing import Inputs, assert_close, make_inputs
@@ -22,6 +23,7 @@ from gdr.testing import Inputs, assert_close, make_inputs
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(COMPILER is None, reason="no g++")]
 
 RTOL_O = {"float32": 2e-6, "float16": 1e-3, "bfloat16": 2.5e-3}
+RTOL_F32 = 4e-6  # of the chunkwise form in float32, outputs and states
 
 
 @pytest.fixture(scope="session")
@@ -63,20 +65,62 @@ def assert_rule(function: str, x: Inputs, rtol_h: float, rtol_o: float | None = 
     assert_close(host(h), want_h, rtol=rtol_h, name="h")
 
 
+def assert_chunk(x: Inputs, **options: Any) -> None:
+    rtol_h, rtol_o = (RTOL_F32, RTOL_F32) if x.v.dtype == np.float32 else (1e-3, None)
+    assert_rule("chunk_gated_delta_rule", x, rtol_h, rtol_o, **options)
+
+
 @pytest.mark.parametrize("layout", ["kv", "vk"])
-def test_chunk(capability: int, layout: str) -> None:
-    x = make_inputs(lengths=[70, 0, 1, 130], H=1, HV=2, K=96, V=64, dtype="bfloat16", layout=layout)
-    assert_rule("chunk_gated_delta_rule", x, 1e-3, state_layout=layout, use_qk_l2norm_in_kernel=True)
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_chunk(capability: int, layout: str, dtype: str) -> None:
+    x = make_inputs(lengths=[70, 0, 1, 130], H=1, HV=2, K=96, V=64, dtype=dtype, layout=layout)
+    assert_chunk(x, state_layout=layout, use_qk_l2norm_in_kernel=True)
 
 
-def test_chunk_at_odd_addresses(capability: int) -> None:
-    x = make_inputs(B=1, T=80, H=1, HV=1, K=100, V=64, dtype="float16")
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+def test_chunk_at_odd_addresses(capability: int, dtype: str) -> None:
+    x = make_inputs(B=1, T=80, H=1, HV=1, K=100, V=64, dtype=dtype)
     for name in ("q", "k", "v"):
         inner = getattr(x, name)
         base = np.full((*inner.shape[:3], inner.shape[3] + 3), np.nan, inner.dtype)
         base[..., 1:-2] = inner
         setattr(x, name, base[..., 1:-2])
-    assert_rule("chunk_gated_delta_rule", x, 1e-3)
+    assert_chunk(x)
+
+
+@pytest.mark.parametrize("tile", [(16, 2), (16, 4), (32, 2), (32, 4), (64, 2)])
+def test_tiles_of_float32(device: None, tile: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cuda_chunk_f32, "pick_tile", lambda *_: cuda_chunk_f32.Tile(*tile))
+    assert_chunk(make_inputs(B=2, T=70, H=1, HV=1, K=128, V=64, dtype="float32"))
+
+
+def test_float32_in_parts(device: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Five value heads of a key head; three chunks at a time, which ends within sequences and between them."""
+    monkeypatch.setattr(cuda_chunk, "MAX_WORKSPACE", 100_000)
+    x = make_inputs(lengths=[130, 0, 10, 96], H=1, HV=5, K=32, V=16, dtype="float32", gates="slow")
+    assert_chunk(x)
+
+
+@pytest.mark.parametrize("keys", ["random", "correlated"])
+@pytest.mark.parametrize("gates", ["slow", "none"])
+def test_float32_keeps_its_digits(device: None, gates: str, keys: str) -> None:
+    assert_chunk(make_inputs(B=1, T=1500, H=1, HV=1, K=64, V=16, dtype="float32", gates=gates, keys=keys))
+
+
+@pytest.mark.parametrize("decay", [0.0, -1e-6, -80.0, -1e4, -np.inf])
+def test_extreme_decays_of_float32(device: None, decay: float) -> None:
+    x = make_inputs(B=1, T=100, H=1, HV=1, K=64, V=16, dtype="float32")
+    x.g[:, 30::37] = decay
+    with np.errstate(invalid="ignore"):
+        assert_chunk(x)
+
+
+@pytest.mark.parametrize("scale", [1e-25, 1e30])
+def test_magnitudes_of_float32(device: None, scale: float) -> None:
+    x = make_inputs(B=1, T=100, H=1, HV=1, K=64, V=16, dtype="float32")
+    x.v *= np.float32(scale)
+    x.state *= np.float32(scale)
+    assert_chunk(x)
 
 
 def test_wide_range(capability: int) -> None:

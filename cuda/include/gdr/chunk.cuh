@@ -1,11 +1,12 @@
 // What the kernels of the chunkwise rule share: arguments, sequences and their chunks, and the workspace between them.
 //
-// A sequence is cut into chunks of kC = 64 tokens. For one chunk and value head, with G the running sum of the log
-// decays in the chunk, d_t = exp(G_t), D_ts = exp(G_t - G_s), e_t = exp(G_last - G_t), h the state before the chunk:
+// A sequence is cut into chunks of kC tokens: 64, or 32 of float32. For one chunk and value head, with G the running sum
+// of the log decays in the chunk, d_t = exp(G_t), D_ts = exp(G_t - G_s), e_t = exp(G_last - G_t), h the state before:
 //     T = (I + tril(diag(beta) (K K^T * D), -1))^-1 diag(beta)          P = scale tril(Q K^T * D)
 //     U = T (V - diag(d) K h)        O = scale diag(d) Q h + P U        h' = d_last h + K^T diag(e) U
 // T and P belong to the chunk alone: chunk_prepare computes them for all chunks at once, and chunk_state walks from
-// chunk to chunk with the state in registers.
+// chunk to chunk with the state in registers. Both have twins for float32, which multiply and keep other things: see
+// chunk_f32.cuh.
 //
 // Where that leaves processors idle, a long sequence is cut into segments of several chunks, which are walked at the
 // same time. A segment turns the state h before it into M h + N. A first walk finds M and N of all segments at once, as
@@ -29,9 +30,9 @@ namespace gdr {
 
 constexpr __host__ __device__ int ceil_div(int x, int y) { return (x + y - 1) / y; }
 
-constexpr int kC = 64;          // tokens of a chunk
-constexpr int kRows = kC / 16;  // blocks of 16 tokens
 constexpr int kQkv = GDR_QKV, kInitial = GDR_INITIAL, kFinal = GDR_FINAL;
+constexpr int kC = kQkv == kFloat32 ? 32 : 64;  // tokens of a chunk
+constexpr int kRows = kC / 16;                  // blocks of 16 tokens
 constexpr int kK = GDR_K, kV = GDR_V;
 constexpr int kKeys = ceil_div(kK, 64) * 64;  // K, filled up with zeros
 constexpr int kKeyBlocks = kKeys / 16;

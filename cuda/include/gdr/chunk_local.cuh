@@ -13,35 +13,9 @@
 #pragma once
 
 #include "gdr/chunk.cuh"
+#include "gdr/log_decays.cuh"
 
 namespace gdr {
-
-// exp(-256) is 0 in float32, and so is the exponential of any sum that contains it: a log decay below it, -inf
-// included, is the same as -256, and no sum of a chunk's log decays leaves the range where they are exact.
-constexpr float kForgotten = -256.f;
-
-// A sum of log decays, to the base 2, as two floats: differences of long sums stay exact.
-struct alignas(8) Sum {
-    float high, low;
-
-    static __device__ __forceinline__ Sum of(float g) {
-        constexpr float kLog2e = 1.4426950408889634f, kRest = 1.925963033500011e-8f;
-        const float high = g * kLog2e;
-        return {high, fmaf(g, kRest, fmaf(g, kLog2e, -high))};
-    }
-    __device__ __forceinline__ Sum operator+(const Sum& y) const {
-        const float sum = high + y.high, part = sum - high;
-        const float error = (high - (sum - part)) + (y.high - part);
-        return {sum, low + y.low + error};
-    }
-    __device__ __forceinline__ Sum from_lane_below(int distance) const {
-        return {__shfl_up_sync(0xffffffffu, high, distance), __shfl_up_sync(0xffffffffu, low, distance)};
-    }
-};
-
-__device__ __forceinline__ float decay(const Sum& t, const Sum& s) {  // exp(G_t - G_s)
-    return exp2_fast((t.high - s.high) + (t.low - s.low));
-}
 
 // Of one value head, for every token: the running sum of the log decays, the write strength, and the factors of
 // decays between blocks.

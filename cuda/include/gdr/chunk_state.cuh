@@ -13,7 +13,6 @@ constexpr int kValueBytes = bytes_of(kQkv);
 // Columns of a walk: a state's, then with kCompose those of the map that the segment applies to a state.
 constexpr int kAllColumns = kCompose ? kV + kKeys : kV, kBlocks = kAllColumns / kColumns;
 static_assert(kColumns % 16 == 0 && kV % kColumns == 0 && kAllColumns % kColumns == 0 && kKeys % (16 * kSplit) == 0);
-static_assert(kValueBytes == 2, "float32 goes through the recurrence");
 
 struct Work {
     Sequence seq;
@@ -32,9 +31,14 @@ struct Work {
     }
 };
 
-// ---- States. S[j][i]: column 8 (i / 2) + lane / 4 of the warp's 16, key 8 j + 2 (lane % 4) + i % 2 of its keys.
+// ---- States. S[j][i]: column 8 (i / 2) + lane / 4 of the warp's 16, key_of(j, i) of its keys.
 
 using State = float[kWarpKeys / 8][4];
+
+__device__ __forceinline__ int key_of(int j, int i) {
+    const int t = threadIdx.x % 4;
+    return kQkv == kFloat32 ? j / 2 * 16 * kSplit + t * 4 + i % 2 * 2 + j % 2 : j * 8 + t * 2 + i % 2;
+}
 
 template <int kType, class Visit>
 __device__ __forceinline__ void for_each(const StateStrides& strides, i64 slot, int hv, int column, int first_key,
@@ -45,7 +49,7 @@ __device__ __forceinline__ void for_each(const StateStrides& strides, i64 slot, 
     for (int j = 0; j < kWarpKeys / 8; ++j) {
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
-            const int v = column + lane / 4 + i / 2 * 8, key = first_key + j * 8 + lane % 4 * 2 + i % 2;
+            const int v = column + lane / 4 + i / 2 * 8, key = first_key + key_of(j, i);
             if (kK == kKeys || key < kK) visit(j, i, base + (kVK ? v * strides.row + key : key * strides.row + v));
         }
     }

@@ -40,8 +40,11 @@ inline void mma_tf32(float (&c)[4], const u32 (&a)[4], u32 b0, u32 b1) {
     const int lane = threadIdx.x % 32;
     for (int i = 0; i < 4; ++i) {
         const int row = lane / 4, column = lane % 4 * 2 + i % 2;
+        double sum = c[i];
         for (int k = 0; k < 8; ++k)
-            c[i] += all[row * 4 + k % 4].a[i / 2 + k / 4 * 2] * all[column * 4 + k % 4].b[k / 4];
+            sum += double{all[row * 4 + k % 4].a[i / 2 + k / 4 * 2]} * all[column * 4 + k % 4].b[k / 4];
+        c[i] = static_cast<float>(sum);
+        if (std::abs(c[i]) > std::abs(sum)) c[i] = std::nextafter(c[i], 0.f);  // cut off, as tensor cores do
     }
 }
 

@@ -1,0 +1,220 @@
+// What a chunk's outputs and state update need of the chunk alone, in float32: T, P and factors. See gdr/chunk.cuh for
+// the formulas and gdr/chunk_f32.cuh for the products and the workspace.
+//
+// A block of 4 warps takes one chunk of one key head. K K^T and Q K^T are products on tensor cores, whose lower halves
+// all value heads share. Then each warp has a value head, and each lane a column of L, of P and of (I + L)^-1, which it
+// finds by forward substitution.
+// requires: sm_80
+#include "gdr/chunk_f32.cuh"
+#include "gdr/log_decays.cuh"
+
+using namespace gdr;
+
+namespace {
+
+constexpr int kWarps = 4, kThreads = 32 * kWarps;
+constexpr int kProductRow = kC + 8;  // floats: 4 rows in different banks
+constexpr int kColumn = kC + 4;      // 8 columns in different banks
+
+// Of a token and value head.
+struct alignas(16) Token {
+    Sum G;       // running sum of the log decays
+    float L, P;  // factors of its rows: -beta with the key's norm, scale with the query's
+};
+
+struct Shared {
+    union {
+        struct {
+            char K[kTokenBytes], Q[kTokenBytes];
+        };
+        alignas(16) float L[kWarps][kC][kColumn];  // -L by columns, once the products are done
+    };
+    float products[2][kC][kProductRow];  // K K^T, Q K^T
+    float norms[2][kC];                  // what normalises K, Q
+    Token tokens[kWarps][kC];
+};
+
+// The gates of a value head, a token a lane. Tokens past the end of the sequence neither decay nor write.
+struct GateBits {
+    u32 a, b, A_log, dt_bias;
+
+    __device__ __forceinline__ void load(const Params& p, i64 from_a, i64 from_b, int hv, int tokens) {
+        const int t = min(static_cast<int>(threadIdx.x % 32), tokens - 1);
+        a = load_bits(p.a_type, p.a, from_a + hv * p.a_strides.head + t * p.a_strides.token);
+        b = load_bits(p.b_type, p.b, from_b + hv * p.b_strides.head + t * p.b_strides.token);
+        if constexpr (kRawGates) {
+            A_log = load_bits(p.A_log_type, p.A_log, hv * p.A_log_stride);
+            dt_bias = load_bits(p.dt_bias_type, p.dt_bias, hv * p.dt_bias_stride);
+        }
+    }
+    __device__ __forceinline__ void finish(const Params& p, int tokens, Sum& G, float& strength) const {
+        const int lane = threadIdx.x % 32;
+        float g = 0.f;
+        strength = 0.f;
+        if (lane < tokens) {
+            g = value_of(p.a_type, a), strength = value_of(p.b_type, b);
+            if constexpr (kRawGates) {
+                g = log_decay(value_of(p.A_log_type, A_log), g, value_of(p.dt_bias_type, dt_bias), p.softplus_beta,
+                              1.f / p.softplus_beta, p.softplus_threshold);
+                strength = sigmoid(strength);
+            }
+            g = g < kForgotten ? kForgotten : g;
+        }
+        G = Sum::of(g);
+#pragma unroll
+        for (int distance = 1; distance < 32; distance *= 2) {
+            const Sum below = G.from_lane_below(distance);
+            if (lane >= distance) G = below + G;
+        }
+    }
+};
+
+// What normalises K's and Q's rows: 8 lanes a row, which read 8 pieces of it at a time.
+__device__ __forceinline__ void fill_norms(Shared& sm) {
+    const int piece = threadIdx.x % 8;
+#pragma unroll
+    for (int row = threadIdx.x / 8; row < 2 * kC; row += kThreads / 8) {
+        float squares = 0.f;
+#pragma unroll
+        for (int i = 0; i < kPieces; i += 8) {
+            const float4 x =
+                *reinterpret_cast<const float4*>(sm.K + row / kC * kTokenBytes + place_of(row % kC, i + piece));
+            squares = fmaf(x.x, x.x, fmaf(x.y, x.y, fmaf(x.z, x.z, fmaf(x.w, x.w, squares))));
+        }
+#pragma unroll
+        for (int mask = 4; mask > 0; mask /= 2) squares += __shfl_xor_sync(0xffffffffu, squares, mask);
+        if (piece == 0) sm.norms[row / kC][row % kC] = 1.f / sqrtf(squares + 1e-6f);
+    }
+}
+
+// Rows [16 kHalf, 16 kHalf + 16) of K K^T (Q K^T with kQueries), up to the diagonal.
+template <int kHalf>
+__device__ __forceinline__ void multiply(Shared& sm, int queries) {
+    constexpr int kColumns = 2 * kHalf + 2;  // of 8 tokens
+    const int lane = threadIdx.x % 32;
+    float sums[kColumns][4] = {};
+#pragma unroll 2
+    for (int m = 0; m < kKeys / 16; ++m) {
+        const char* right = sm.K + by_keys_f32(lane, m);
+        const char* left = right + queries * kTokenBytes + kHalf * 16 * kRowBytes;
+        const float4 top = *reinterpret_cast<const float4*>(left),
+                     bottom = *reinterpret_cast<const float4*>(left + 8 * kRowBytes);
+        float4 keys[kColumns];
+#pragma unroll
+        for (int i = 0; i < kColumns; ++i) keys[i] = *reinterpret_cast<const float4*>(right + i * 8 * kRowBytes);
+#pragma unroll
+        for (int step = 0; step < 2; ++step) {
+            Left a;
+            if (step == 0) a.set(top.x, bottom.x, top.y, bottom.y);
+            else a.set(top.z, bottom.z, top.w, bottom.w);
+            float2 b[kColumns];
+#pragma unroll
+            for (int i = 0; i < kColumns; ++i)
+                b[i] = step == 0 ? make_float2(keys[i].x, keys[i].y) : make_float2(keys[i].z, keys[i].w);
+            add_products(sums, a, b);
+        }
+    }
+    float* to = &sm.products[queries][kHalf * 16 + lane / 4][lane % 4 * 2];
+#pragma unroll
+    for (int i = 0; i < kColumns; ++i) {
+        *reinterpret_cast<float2*>(to + i * 8) = make_float2(sums[i][0], sums[i][1]);
+        *reinterpret_cast<float2*>(to + i * 8 + 8 * kProductRow) = make_float2(sums[i][2], sums[i][3]);
+    }
+}
+
+// The lane's column of P, and of -L in shared memory.
+__device__ __forceinline__ void fill_column(const Shared& sm, const Token* tokens, const Sum& own, float (&L)[kColumn],
+                                            HeadTileF32& out) {
+    const int s = threadIdx.x % 32;
+    const float norm = kL2Norm ? sm.norms[0][s] : 1.f;
+#pragma unroll 1
+    for (int tile = 0; tile < kTiles; ++tile) {
+        float* const P = out.P + lower_tile(tile, s / 8) + s % 8;
+        float l[8];
+#pragma unroll
+        for (int i = 0; i < 8; ++i) {
+            const int t = tile * 8 + i;
+            const Token& token = tokens[t];
+            // Above the diagonal there may be anything in `products`.
+            const float factor = norm * decay(token.G, t < s ? token.G : own);
+            l[i] = t <= s ? 0.f : sm.products[0][t][s] * token.L * factor;
+            if (s / 8 <= tile) P[i * 8] = t < s ? 0.f : sm.products[1][t][s] * token.P * factor;
+        }
+        *reinterpret_cast<float4*>(&L[tile * 8]) = make_float4(l[0], l[1], l[2], l[3]);
+        *reinterpret_cast<float4*>(&L[tile * 8 + 4]) = make_float4(l[4], l[5], l[6], l[7]);
+    }
+}
+
+// The lane's column of T, by substitution.
+__device__ __forceinline__ void solve_column(const float (&L)[kC][kColumn], float strength, HeadTileF32& out) {
+    const int s = threadIdx.x % 32;
+    float x[kC];
+#pragma unroll
+    for (int i = 0; i < kC; ++i) x[i] = i == s ? 1.f : 0.f;
+#pragma unroll
+    for (int j = 0; j < kC - 1; ++j) {
+#pragma unroll
+        for (int i4 = (j + 1) / 4 * 4; i4 < kC; i4 += 4) {
+            const float4 l = *reinterpret_cast<const float4*>(&L[j][i4]);
+            if (i4 > j) x[i4] = fmaf(l.x, x[j], x[i4]);
+            if (i4 + 1 > j) x[i4 + 1] = fmaf(l.y, x[j], x[i4 + 1]);
+            if (i4 + 2 > j) x[i4 + 2] = fmaf(l.z, x[j], x[i4 + 2]);
+            if (i4 + 3 > j) x[i4 + 3] = fmaf(l.w, x[j], x[i4 + 3]);
+        }
+    }
+#pragma unroll
+    for (int i = 0; i < kC; ++i)
+        if (s / 8 <= i / 8) out.T[lower_tile(i / 8, s / 8) + i % 8 * 8 + s % 8] = x[i] * strength;
+}
+
+}  // namespace
+
+// Blocks (key heads, chunks).
+extern "C" __global__ void __launch_bounds__(kThreads, 4) chunk_prepare_f32(const __grid_constant__ Params p) {
+    extern __shared__ __align__(128) char shared[];
+    Shared& sm = *reinterpret_cast<Shared*>(shared);
+    const int h = blockIdx.x, slot = blockIdx.y;
+    const int n = p.N == 1 ? 0 : find_owner(p, p.first_chunk + slot);
+    if (n < 0) return;
+    const Sequence seq = find_sequence(p, n);
+    const int chunk = p.first_chunk + slot - seq.chunk;
+    if (chunk >= seq.chunks) return;
+    const i64 start = static_cast<i64>(chunk) * kC;
+    const int tokens = static_cast<int>(min(seq.length - start, static_cast<i64>(kC)));
+    const int warp = __shfl_sync(0xffffffffu, threadIdx.x / 32, 0), lane = threadIdx.x % 32;
+
+    copy_tokens<kThreads>(sm.K, token_row(p.k, p.k_strides, seq, start, h), p.k_strides.token * 4, tokens);
+    copy_tokens<kThreads>(sm.Q, token_row(p.q, p.q_strides, seq, start, h), p.q_strides.token * 4, tokens);
+    const i64 from_a = seq.batch * p.a_strides.batch + (seq.first + start) * p.a_strides.token,
+              from_b = seq.batch * p.b_strides.batch + (seq.first + start) * p.b_strides.token;
+    GateBits bits;
+    if (warp < p.group) bits.load(p, from_a, from_b, h * p.group + warp, tokens);
+    wait_copies();
+    __syncthreads();
+    if constexpr (kL2Norm) fill_norms(sm);
+    if (warp % 2 == 0) multiply<0>(sm, warp / 2);
+    else multiply<1>(sm, warp / 2);
+    __syncthreads();
+
+    const float query_norm = kL2Norm ? sm.norms[1][lane] : 1.f, key_norm = kL2Norm ? sm.norms[0][lane] : 1.f;
+#pragma unroll 1
+    for (int head = warp; head < p.group; head += kWarps) {
+        HeadTileF32& out =
+            reinterpret_cast<HeadTileF32*>(p.head_tiles)[(static_cast<i64>(slot) * p.H + h) * p.group + head];
+        Sum G;
+        float strength;
+        bits.finish(p, tokens, G, strength);
+        if (head + kWarps < p.group) bits.load(p, from_a, from_b, h * p.group + head + kWarps, tokens);
+        __syncwarp();  // the last head's is read
+        sm.tokens[warp][lane] = {G, -strength * key_norm, p.scale * query_norm};
+        __syncwarp();
+        const Sum none = {0.f, 0.f}, last = sm.tokens[warp][kC - 1].G;
+        const float d = decay_unbiased(G, none);
+        out.read[lane] = d * key_norm, out.query[lane] = d * (p.scale * query_norm);
+        out.write[lane] = decay_unbiased(last, G) * key_norm;
+        if (lane == kC - 1) out.d_last = d;
+        fill_column(sm, sm.tokens[warp], G, sm.L[warp][lane], out);
+        __syncwarp();
+        solve_column(sm.L[warp], strength, out);
+    }
+}

@@ -1,0 +1,126 @@
+"""Launches the chunkwise rule on a CUDA device for float32 q, k and v: products of three on tensor cores.
+
+Two kernels, as for 16 bits, with chunks of 32 tokens: cuda/include/gdr/chunk_f32.cuh says what differs.  Neither the
+columns of a block nor how chunks are done in parts shows in the bits of a result, and what does, the splits of the
+keys, follows from the heads alone: a sequence's bits never depend on the rest of the batch.
+"""
+
+from __future__ import annotations
+
+from functools import reduce
+from operator import or_
+from typing import NamedTuple
+
+from gdr import _arrays, _cuda_chunk, _cuda_loader
+from gdr._cuda_fused_recurrent import LARGEST_GRID, Pointers
+from gdr._cuda_loader import Gpu
+from gdr._inputs import Call, refuse_misaligned
+from gdr._spec import Spec
+
+CHUNK = 32
+
+_TILES = CHUNK // 8  # of tokens
+_HEAD_TILE = 5632  # bytes of T, P and factors of a chunk and value head
+
+
+class Tile(NamedTuple):
+    """How chunk_state_f32 divides a state: value columns of a block, splits of the keys."""
+
+    columns: int
+    split: int
+
+    @property
+    def threads(self) -> int:
+        """Threads of a block."""
+        return 2 * self.columns * self.split
+
+    def shared(self, K: int) -> int:
+        """Bytes of shared memory of a block: the struct Shared of chunk_state_f32.cu."""
+        stage = 2 * _key_tile(K) + _HEAD_TILE + CHUNK * (self.columns + 4) * 4
+        exchange = self.threads // 32 * 2 * (2 * _TILES - _TILES // self.split) * 512
+        return 2 * (stage + 8) + exchange
+
+
+class Plan:
+    """What the calls with one signature share."""
+
+    def __init__(self, call: Call, tile: Tile) -> None:
+        spec = self.spec = call.spec
+        self.tile = tile
+        self.pointers = Pointers(call)
+        self.chunks = _cuda_chunk.count_chunks(spec, CHUNK)
+        per_chunk = spec.HV * _HEAD_TILE
+        self.at_once = min(self.chunks, max(1, _cuda_chunk.MAX_WORKSPACE // per_chunk), LARGEST_GRID)
+        # States between parts, those that one launch reads and those it writes.
+        self.carried = 0 if self.at_once == self.chunks else spec.HV * _cuda_chunk._align(spec.K, 64) * spec.V * 4
+        self.workspace = self.at_once * per_chunk + 2 * self.carried
+        keys = 2 * max(_key_tile(spec.K), 2 * CHUNK * (CHUNK + 4) * 4)
+        self.prepare_shared = keys + 2 * CHUNK * (CHUNK + 8) * 4 + 2 * CHUNK * 4 + 4 * CHUNK * 16
+        self.blocks = spec.N * spec.HV * (spec.V // tile.columns)
+        self.fixed = _cuda_chunk._fixed(spec, spec.HV // spec.H, 0)
+        self.kernels: dict[bool, tuple[_cuda_loader.Kernel, ...]] = {}
+
+    def load(self, aligned: bool) -> tuple[_cuda_loader.Kernel, ...]:
+        """Compile the kernels, once."""
+        kernels = self.kernels[aligned] = tuple(
+            _cuda_loader.load(stem, defines, int(self.spec.device))
+            for stem, defines in specialize(self.spec, self.tile, aligned)
+        )
+        return kernels
+
+    def run(self, call: Call) -> None:
+        """Fill ``call.out`` and ``call.final_state``."""
+        pointers = self.pointers(call)
+        if reduce(or_, pointers) & 7:
+            refuse_misaligned(call)
+        q, k, v = pointers[:3]
+        aligned = not (q | k | v) & 15 and self.fixed.aligned
+        prepare, walk = self.kernels.get(aligned) or self.load(aligned)
+        stream = call.stream
+        workspace = _cuda_chunk.borrow_workspace(call, self.workspace, stream)  # a reference until all is launched
+        tiles = _arrays.pointer(workspace)
+        carried = tiles + self.workspace - 2 * self.carried
+        scalars = call.scale, call.softplus_beta, call.softplus_threshold
+        params = _cuda_chunk._params
+        for part, first in enumerate(range(0, self.chunks, self.at_once)):
+            last = min(first + self.at_once, self.chunks)
+            read, written = carried + part % 2 * self.carried, carried + (part + 1) % 2 * self.carried
+            params.pack(*pointers, 0, tiles, read, written, 0, *scalars, first, last, *self.fixed.values)
+            if self.spec.T:
+                prepare.launch((self.spec.H, last - first, 1), (128, 1, 1), params, stream, self.prepare_shared)
+            shared = self.tile.shared(self.spec.K)
+            walk.launch((self.blocks, 1, 1), (self.tile.threads, 1, 1), params, stream, shared)
+
+
+def pick_tile(spec: Spec, gpu: Gpu) -> Tile | None:
+    """Choose how to divide a call, or None where the fused recurrence runs instead."""
+    if gpu.capability < 80 or spec.V % 16 or not spec.N * spec.HV:
+        return None
+    # Few heads: keys in four parts, so that one sequence has twice the warps.
+    split = 4 if gpu.multiprocessors >= spec.HV * (spec.V // 16) else 2
+    tiles = [
+        tile
+        for columns in (64, 32, 16)
+        for tile in (Tile(columns, split), Tile(columns, 2))
+        if spec.V % columns == 0 and tile.threads <= 256 and tile.shared(spec.K) <= gpu.shared
+    ]
+    if not tiles:
+        return None
+    split = max(tile.split for tile in tiles)
+    tiles = [tile for tile in tiles if tile.split == split]
+    blocks = spec.N * spec.HV * spec.V
+    # The fewest blocks that still use the device; if none do, the most.
+    return next((tile for tile in tiles if blocks // tile.columns >= 0.75 * gpu.multiprocessors), tiles[-1])
+
+
+def specialize(spec: Spec, tile: Tile, aligned: bool) -> list[tuple[str, dict[str, _cuda_loader.Define]]]:
+    """Stems and definitions of a call's kernels, in order."""
+    shared, state, none, gates = _cuda_chunk.definitions(spec, aligned)
+    return [
+        ("chunk_prepare_f32", shared | none | gates),
+        ("chunk_state_f32", shared | state | {"GDR_COLUMNS": tile.columns, "GDR_SPLIT": tile.split}),
+    ]
+
+
+def _key_tile(K: int) -> int:
+    return CHUNK * _cuda_chunk._align(K, 64) * 4
