@@ -42,7 +42,15 @@ _signature = attrgetter("shape", "strides", "dtype")
 _shape, _dtype, _requires_grad = map(attrgetter, ("shape", "dtype", "requires_grad"))
 
 
-class NumpyArrays:
+class _Arrays:
+    """What a library does unless it says otherwise."""
+
+    def recognizer(self, arrays: Sequence[Any]) -> Callable[..., bool] | None:
+        """What says of arrays whether they are like these in all that a signature tells, or None."""
+        return None
+
+
+class NumpyArrays(_Arrays):
     """NumPy arrays: the host's native kind."""
 
     name = "numpy"
@@ -75,7 +83,7 @@ class NumpyArrays:
 _device_signature = attrgetter("shape", "strides", "dtype.num", "data.device_id")
 
 
-class CupyArrays:
+class CupyArrays(_Arrays):
     """CuPy arrays: a CUDA device's native kind."""
 
     name = "cupy"
@@ -83,6 +91,16 @@ class CupyArrays:
 
     def __init__(self) -> None:
         self._cupy = sys.modules["cupy"]
+        # The first takes half a microsecond less for a call's arrays.
+        quick = hasattr(self._cupy.ndarray, "_c_contiguous")
+        self._contiguous = "_c_contiguous" if quick else "flags.c_contiguous"
+
+    def recognizer(self, arrays: Sequence[Any]) -> Callable[..., bool] | None:
+        # The strides of contiguous arrays follow from their shapes.
+        contiguous = all(map(attrgetter(self._contiguous), arrays))
+        known = attrgetter("shape", "dtype", "data.device_id", self._contiguous if contiguous else "strides")
+        expected = [*map(known, arrays)]
+        return lambda *others: [*map(known, others)] == expected
 
     def signature(self, arrays: Sequence[Any]) -> tuple:
         return tuple(map(_device_signature, arrays))
@@ -98,10 +116,13 @@ class CupyArrays:
         return x
 
     def empty(self, shape: tuple[int, ...], dtype: str, device: str | int) -> Any:
-        if self._cupy.cuda.runtime.getDevice() == device:  # 0.1 us against 1.5 us for a context
-            return self._cupy.ndarray(shape, numpy_dtype(dtype))
         with self._cupy.cuda.Device(device):
             return self._cupy.ndarray(shape, numpy_dtype(dtype))
+
+    def empty_like(self, x: Any) -> Any:
+        if self._cupy.cuda.runtime.getDevice() == x.data.device_id:  # 0.1 us against 1.5 us for a context
+            return self._cupy.ndarray(x.shape, x.dtype)
+        return self.empty(x.shape, x.dtype.name, x.data.device_id)
 
     def writable(self, x: Any) -> bool:
         return True
@@ -114,7 +135,33 @@ class CupyArrays:
         return self._cupy.asnumpy(x)
 
 
-class TorchArrays:
+def _tensor_guards(torch: Any) -> Any:
+    """The class of guards by which torch.compile recognises tensors; None where it does not do what is expected."""
+    try:
+        guards = torch._C._dynamo.guards.TensorGuards
+        with torch.inference_mode(False), torch.enable_grad():
+            like = torch.empty(2, 3)
+            recognizes = _guard(guards, like)
+            others = [
+                torch.empty(3, 2).t(),
+                torch.empty(2, 4),
+                like[None],
+                like.double(),
+                like.clone().requires_grad_(),
+            ]
+            others += [torch.nn.Parameter(like, requires_grad=False), torch.empty(2, 3, device="meta")]
+            expected = recognizes(torch.ones(2, 3)) and not any(map(recognizes, others))
+        return guards if expected else None
+    except Exception:  # not a public class: it may be gone, or be made in another way
+        return None
+
+
+def _guard(guards: Any, *tensors: Any) -> Callable[..., bool]:
+    sizes, strides = [list(x.shape) for x in tensors], [list(x.stride()) for x in tensors]
+    return guards(*tensors, dynamic_dims_sizes=sizes, dynamic_dims_strides=strides).check
+
+
+class TorchArrays(_Arrays):
     """torch tensors: native on CUDA, adopted as NumPy views on the host."""
 
     name = "torch"
@@ -130,6 +177,11 @@ class TorchArrays:
         self._is_contiguous, self._strides, self._ordinal = tensor.is_contiguous, tensor.stride, tensor.get_device
         # 0.1 us against 5 us for torch.cuda.current_stream
         self.stream: Callable[[int], int] = getattr(torch._C, "_cuda_getCurrentRawStream", self._stream)
+        self._guards = _tensor_guards(torch)
+        self.empty_like: Callable[[Any], Any] = partial(torch.empty_like, memory_format=torch.contiguous_format)
+
+    def recognizer(self, arrays: Sequence[Any]) -> Callable[..., bool] | None:
+        return None if self._guards is None else _guard(self._guards, *arrays)
 
     def signature(self, arrays: Sequence[Any]) -> tuple:
         if self._torch.is_grad_enabled() and any(map(_requires_grad, arrays)):
@@ -179,7 +231,7 @@ class TorchArrays:
         return x.cpu().numpy()
 
 
-class JaxArrays:
+class JaxArrays(_Arrays):
     """JAX arrays: immutable, adopted as NumPy views on the host and through DLPack as CuPy arrays on CUDA."""
 
     name = "jax"

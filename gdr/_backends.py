@@ -11,9 +11,9 @@ from contextlib import contextmanager
 from functools import lru_cache, partial
 from typing import Any
 
-from gdr import _threads
+from gdr import _inputs, _threads
 from gdr._inputs import Call
-from gdr._spec import Spec
+from gdr._spec import OPERANDS, Form, Spec
 
 _runners: dict[tuple[str, str, str], Callable[[Call], None]] = {}
 
@@ -43,6 +43,31 @@ def run(call: Call) -> None:
         _threads.uninterrupted(partial(runner, call))
     else:
         runner(call)
+
+
+def perform(form: Form, operands: tuple[Any, ...], options: tuple[Any, ...]) -> tuple[Any, Any]:
+    """Check and run a call; see `_inputs.recognize` for the arguments.
+
+    Returns
+    -------
+    out, final_state
+        In the caller's kind; the state where it was allocated for the call, else None.
+    """
+    checked = _inputs.recognize(form, operands, options)
+    # Calls that were seen before, and need nothing of a `Call`, go from their operands to the launch.
+    launch = checked.spec.plan.get("launch")
+    if launch is not None and not _thread.planning:
+        return launch(operands), None
+    call = _inputs.describe_call(checked, form, operands)
+    run(call)
+    if checked.spec.native and not checked.checks_values and not checked.allocates_state:
+        launcher = getattr(module(checked.spec), "launcher", None)
+        if launcher is not None:
+            checked.spec.plan["launch"] = launcher(checked, form)
+    release = call.library.release
+    given = operands[OPERANDS.index("out")]
+    out = release(call.out) if given is None else given
+    return out, release(call.final_state) if checked.allocates_state else None
 
 
 def backend(spec: Spec) -> str:

@@ -12,8 +12,8 @@ from operator import attrgetter, itemgetter
 from typing import Any, NamedTuple
 
 from gdr import _arrays, _cuda_loader
-from gdr._inputs import Call, refuse_misaligned
-from gdr._spec import OPERANDS, Spec
+from gdr._inputs import Call, Checked, describe_call, refuse_misaligned
+from gdr._spec import OPERANDS, Form, Spec
 
 TYPES = {None: -1, "float32": 0, "float16": 1, "bfloat16": 2}
 SIZES = {"float32": 4, "float16": 2, "bfloat16": 2}
@@ -61,6 +61,7 @@ class Launch(NamedTuple):
     kernel: _cuda_loader.Kernel
     blocks: int  # for one key head of a sequence
     block: tuple[int, int, int]
+    parts: tuple[tuple[int, tuple[int, int, int]], ...] = ()  # the first sequence of each launch, and its grid
 
 
 class Pointers:
@@ -71,11 +72,16 @@ class Pointers:
         names = [given.get(name, name) for name in _POINTERS]
         present = [name for name in names if getattr(call, name) is not None]
         self._operands, self._pointer = attrgetter(*present), pointer_of(call)
+        self.pick = itemgetter(*map(OPERANDS.index, present))  # takes what `of` wants out of a call's operands
         # From a list that has the pointers of those that are present, and then a 0.
         self._spread = itemgetter(*(present.index(name) if name in present else -1 for name in names))
 
     def __call__(self, call: Call) -> tuple[int, ...]:
-        return self._spread([*map(self._pointer, self._operands(call)), 0])
+        return self.of(self._operands(call))
+
+    def of(self, present: tuple[Any, ...]) -> tuple[int, ...]:
+        """The pointers, from the operands that there are."""
+        return self._spread([*map(self._pointer, present), 0])
 
 
 class Plan:
@@ -87,9 +93,6 @@ class Plan:
         # The signature of a call has these in it.
         self.one_state = call.final_state is call.initial_state
         self.scalars = call.scale, call.softplus_beta, 1 / call.softplus_beta, call.softplus_threshold
-        # The first sequence of each launch, and how many it has.
-        N = self.spec.N
-        self.parts = [(first, min(N - first, LARGEST_GRID)) for first in range(0, N, LARGEST_GRID)]
         self.arguments = Arguments(fixed(self.spec))
         self.launches: dict[tuple[bool, bool, bool], Launch] = {}
 
@@ -99,27 +102,56 @@ class Plan:
         tile = pick_tile(self.spec, _cuda_loader.describe_gpu(device).multiprocessors)
         kernel = _cuda_loader.load(*_specialize(self.spec, tile, Variant(*variant)), device)
         blocks = -(-self.spec.V // tile.columns) * (self.spec.HV // self.spec.H)
-        launch = self.launches[variant] = Launch(kernel, blocks, (tile.threads, 1, 1))
+        N, H = self.spec.N, self.spec.H
+        parts = [(first, (blocks, H, min(N - first, LARGEST_GRID))) for first in range(0, N, LARGEST_GRID)]
+        launch = self.launches[variant] = Launch(kernel, blocks, (tile.threads, 1, 1), tuple(parts))
         return launch
+
+    def start(self, pointers: tuple[int, ...], stream: int, misaligned: bool = False) -> bool:
+        """Launch; but unless told to, do nothing and return False where an address is no multiple of 8."""
+        q, k, v, out, A_log, dt_bias, a, b, initial, read, final, written, cu_seqlens = pointers
+        tokens, states = q | k, initial | final
+        if (tokens | states | v | out | A_log | dt_bias | a | b | read | written | cu_seqlens) & 7 and not misaligned:
+            return False
+        variant = (not tokens & 15, not states & 15, self.one_state and read == written)
+        launch = self.launches.get(variant) or self.launch(variant)
+        arguments = self.arguments
+        for first, grid in launch.parts:
+            arguments.pack_head(*pointers, *self.scalars, first)
+            launch.kernel.launch(grid, launch.block, arguments, stream)
+        return True
 
 
 def run(call: Call) -> None:
     """Fill ``call.out`` and ``call.final_state``."""
-    spec = call.spec
-    plan = spec.plan.get("fused_recurrent")
+    plan = call.spec.plan.get("fused_recurrent")
     if plan is None:
-        plan = spec.plan["fused_recurrent"] = Plan(call)
-    pointers = plan.pointers(call)
-    q, k, v, out, A_log, dt_bias, a, b, initial, read, final, written, cu_seqlens = pointers
-    tokens, states = q | k, initial | final
-    if (tokens | states | v | out | A_log | dt_bias | a | b | read | written | cu_seqlens) & 7:
+        plan = call.spec.plan["fused_recurrent"] = Plan(call)
+    pointers, stream = plan.pointers(call), call.stream
+    if not plan.start(pointers, stream):
         refuse_misaligned(call)
-    variant = (not tokens & 15, not states & 15, plan.one_state and read == written)
-    launch = plan.launches.get(variant) or plan.launch(variant)
-    arguments, stream = plan.arguments, call.stream
-    for first, count in plan.parts:
-        arguments.pack_head(*pointers, *plan.scalars, first)
-        launch.kernel.launch((launch.blocks, spec.H, count), launch.block, arguments, stream)
+        plan.start(pointers, stream, misaligned=True)
+
+
+def launcher(checked: Checked, form: Form) -> Callable[[tuple[Any, ...]], Any]:
+    """What runs the calls that are like one that ran, from their operands in the order of `OPERANDS`; returns `out`."""
+    spec, library, *_ = checked.head
+    plan, device = spec.plan["fused_recurrent"], spec.device
+    pick, pointers_of, start = plan.pointers.pick, plan.pointers.of, plan.start
+    stream_of, empty_like = library.stream, library.empty_like
+
+    def launch(operands: tuple[Any, ...]) -> Any:
+        out = operands[3]
+        if out is None:
+            out = empty_like(operands[2])
+            operands = (*operands[:3], out, *operands[4:])
+        pointers, stream = pointers_of(pick(operands)), stream_of(device)
+        if not start(pointers, stream):
+            refuse_misaligned(describe_call(checked, form, operands))
+            start(pointers, stream, misaligned=True)
+        return out
+
+    return launch
 
 
 def specializations(spec: Spec, gpu: _cuda_loader.Gpu) -> list[tuple[str, dict[str, _cuda_loader.Define]]]:

@@ -258,12 +258,19 @@ class Params(threading.local):
         # The same for cuLaunchKernelEx, which takes the shape of a launch as a struct too.
         config = ctypes.create_string_buffer(_CONFIG.size)
         _CONFIG.pack_into(config, 0, *[0] * 8, ctypes.addressof(_ATTRIBUTE), 1)
-        self.pack_launch = partial(_LAUNCH.pack_into, config, 0)
         self.references = ctypes.byref(config), ctypes.byref(self._pointers)
+        self._pack_launch = partial(_LAUNCH.pack_into, config, 0)
+        self._launch: tuple | None = None
 
     def pack(self, *values: float) -> None:
         """Fill in the struct's fields."""
         self._pack_into(self.buffer, 0, *values)
+
+    def pack_launch(self, *launch: Any) -> None:
+        """Fill in the shape of a launch: grid, block, bytes of shared memory and stream."""
+        if launch != self._launch:  # most are like the last one
+            grid, block, *rest = self._launch = launch
+            self._pack_launch(*grid, *block, *rest)
 
 
 class Kernel:
@@ -330,7 +337,7 @@ class Kernel:
         if self._launch_dependent is None:
             self._launch(self.function, *grid, *block, shared, stream, params.address, 0)
             return
-        params.pack_launch(*grid, *block, shared, stream)
+        params.pack_launch(grid, block, shared, stream)
         config, pointers = params.references
         status = self._launch_dependent(config, self._handle, pointers, None)
         if status:

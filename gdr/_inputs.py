@@ -69,31 +69,33 @@ class Call:
         return self.library.stream(self.spec.device)
 
 
-class _Signer(NamedTuple):
+@dataclass(slots=True, eq=False)
+class _Signer:
     """What makes the signatures of the calls of one form whose arguments have the same types."""
 
     number: int  # one for each
     parts: list[tuple[Callable[[Any], tuple], Callable[[tuple], Any]]]  # for each library; what picks its operands
+    recent: Checked | None = None  # the last call's, if what is like it can be recognised
 
 
-class _Checked(NamedTuple):
+class Checked(NamedTuple):
     """What is known of all calls with one signature."""
 
     head: tuple  # the fields of a Call before the operands
     spec: Spec
     checks_values: bool
+    allocates_state: bool
+    options: tuple
+    recognizes: Any  # says of operands whether they are like this call's, sooner than a signature does; or None
 
 
 _signers: dict[tuple, _Signer] = {}
 _numbers = count()
-_specs: dict[tuple, _Checked] = {}
+_specs: dict[tuple, Checked] = {}
 _MAX_SPECS = 1024
 
 
-def prepare(
-    form: Form,
-    operands: tuple[Any, ...],
-    *,
+def options(
     scale: float | None = None,
     l2norm: bool = False,
     layout: str = "kv",
@@ -104,8 +106,22 @@ def prepare(
     wide_range: bool = False,
     output_final_state: bool = False,
     check: bool | None = None,
-) -> Call:
-    """Check a call and describe it; see the module's docstring.
+) -> tuple[Any, ...]:
+    """What a call has beside its operands, as it was given.
+
+    Parameters
+    ----------
+    output_final_state : bool
+        Allocate `final_state` for N sequences (float32, or float64 where the arithmetic is).
+    check : bool, optional
+        Check the values of slots and cu_seqlens.  None: on the host, not on a device, where it must synchronise.
+    """
+    rule = scale, l2norm, layout, softplus_beta, softplus_threshold
+    return rule + (chunk_size, batch_invariant, wide_range, output_final_state, check)
+
+
+def recognize(form: Form, operands: tuple[Any, ...], options: tuple[Any, ...]) -> Checked:
+    """Check all of a call but values; what is found is remembered.
 
     Parameters
     ----------
@@ -113,21 +129,30 @@ def prepare(
         What is called.
     operands : tuple
         The arrays of the call in the order of `OPERANDS`; None where there is none.
-    output_final_state : bool
-        Allocate `final_state` for N sequences (float32, or float64 where the arithmetic is).
-    check : bool, optional
-        Check the values of slots and cu_seqlens.  None: on the host, not on a device, where it must synchronise.
+    options : tuple
+        What the function of that name returns.
     """
-    options = (
-        *(scale, l2norm, layout, softplus_beta, softplus_threshold),
-        *(chunk_size, batch_invariant, wide_range, output_final_state, check),
-    )
     # A state that is updated in place, and its slots, come twice: they are signed once.
     once = operands[12] is operands[10], operands[13] is operands[11]
     kinds = (form, once, *map(type, operands), *map(type, options))
     signer = _signers.get(kinds) or _make_signer(kinds, form, operands, options)
-    signature = (signer.number, options, *[sign(pick(operands)) for sign, pick in signer.parts])
-    head, spec, checks_values = _specs.get(signature) or _check(signature, form, operands, options)
+    checked = signer.recent
+    if checked is None or options != checked.options or not checked.recognizes(*signer.parts[0][1](operands)):
+        signature = (signer.number, options, *[sign(pick(operands)) for sign, pick in signer.parts])
+        checked = _specs.get(signature) or _check(signature, signer, form, operands, options)
+        if checked.recognizes is not None:
+            signer.recent = checked
+    return checked
+
+
+def prepare(form: Form, operands: tuple[Any, ...], **named: Any) -> Call:
+    """Check a call and describe it; see the module's docstring, and `recognize` and `options` for the arguments."""
+    return describe_call(recognize(form, operands, options(**named)), form, operands)
+
+
+def describe_call(checked: Checked, form: Form, operands: tuple[Any, ...]) -> Call:
+    """Make the call of operands that were recognised."""
+    head, spec, *_ = checked
     call = Call(*head, *operands)
     call.names = form.names
     if not spec.native:
@@ -136,11 +161,11 @@ def prepare(
         call.g = call.library.empty(spec.shapes["g"], spec.compute, spec.device)
         call.beta = call.library.empty(spec.shapes["beta"], spec.compute, spec.device)
         return call
-    if checks_values:
+    if checked.checks_values:
         _check_values(call, form.names)
     if call.out is None:
         call.out = call.library.empty(spec.shapes["out"], spec.dtype, spec.device)
-    if output_final_state:
+    if checked.allocates_state:
         call.final_state = call.library.empty(spec.shapes["final_state"], spec.final_dtype, spec.device)
     return call
 
@@ -167,17 +192,27 @@ def _picker(places: list[int]) -> Callable[[tuple], Any]:
     return itemgetter(*places) if len(places) > 1 else itemgetter(slice(places[0], places[0] + 1))
 
 
-def _check(signature: tuple, form: Form, operands: tuple[Any, ...], options: tuple[Any, ...]) -> _Checked:
+def _check(
+    signature: tuple, signer: _Signer, form: Form, operands: tuple[Any, ...], options: tuple[Any, ...]
+) -> Checked:
     """Check everything that a signature says of a call, and remember it."""
     scale, l2norm, layout, *softplus_and_chunks, output_final_state, check = _check_options(*options)
     spec = describe(form, operands, l2norm, layout, output_final_state)
     library = _arrays.library_of(operands[OPERANDS.index("a" if form.op == "gate" else "v")])
     head = spec, library, spec.K**-0.5 if scale is None else scale, *softplus_and_chunks
-    checked = _Checked(head, spec, bool(check or (check is None and spec.device == "cpu")))
+    checks_values = bool(check or (check is None and spec.device == "cpu"))
+    recognizes = library.recognizer(signer.parts[0][1](operands)) if len(signer.parts) == 1 else None
+    checked = Checked(head, spec, checks_values, output_final_state, options, recognizes)
     if len(_specs) >= _MAX_SPECS:
-        _specs.clear()
+        forget()
     _specs[signature] = checked
     return checked
+
+
+def forget() -> None:
+    """Describe every call anew."""
+    _specs.clear()
+    _signers.clear()
 
 
 def _check_options(

@@ -122,21 +122,22 @@ def fused_sigmoid_gating_delta_rule_update(
         final_slots = None
     else:
         final_slots = initial_state_indices if output_state_indices is None else output_state_indices
-    call = _inputs.prepare(
+    o, _ = _backends.perform(
         _UPDATE,
         (
             *(q, k, v, out, A_log, dt_bias, a, b, None, None),
             *(initial_state_source, initial_state_indices, final_state, final_slots, cu_seqlens),
         ),
-        scale=scale,
-        l2norm=use_qk_l2norm_in_kernel,
-        layout=state_layout,
-        softplus_beta=softplus_beta,
-        softplus_threshold=softplus_threshold,
-        check=check,
+        _inputs.options(
+            scale,
+            use_qk_l2norm_in_kernel,
+            state_layout,
+            softplus_beta,
+            softplus_threshold,
+            check=check,
+        ),
     )
-    _backends.run(call)
-    return call.library.release(call.out) if out is None else out
+    return o
 
 
 def fused_recurrent_gated_delta_rule(
@@ -210,15 +211,14 @@ def fused_recurrent_gated_delta_rule(
     >>> o.shape, h.shape
     ((2, 5, 4, 8), (2, 4, 8, 8))
     """
-    call = _inputs.prepare(
+    return _backends.perform(
         _RECURRENT,
         (q, k, v, out, None, None, None, None, g, beta, initial_state, None, None, None, cu_seqlens),
-        scale=scale,
-        l2norm=use_qk_l2norm_in_kernel,
-        layout=state_layout,
-        output_final_state=output_final_state,
-        check=check,
+        _inputs.options(
+            scale,
+            use_qk_l2norm_in_kernel,
+            state_layout,
+            output_final_state=output_final_state,
+            check=check,
+        ),
     )
-    _backends.run(call)
-    release = call.library.release
-    return release(call.out) if out is None else out, release(call.final_state) if output_final_state else None

@@ -59,7 +59,7 @@ def to_device(x: Inputs) -> Inputs:
 
 
 class _DeviceArrays(_arrays.NumpyArrays):
-    name = "emulated"
+    name = "cupy"
 
     def meta(self, x: Any) -> _arrays.Meta:
         return super().meta(x)._replace(device=0)
@@ -69,6 +69,9 @@ class _DeviceArrays(_arrays.NumpyArrays):
         memory = np.full(size + 256, 0xFF, np.uint8)  # NaN
         start = 256 - memory.ctypes.data % 256  # the memory ends where the array ends, or a little after
         return memory[start : start + size].view(_arrays.numpy_dtype(dtype)).reshape(shape).view(DeviceArray)
+
+    def empty_like(self, x: Any) -> Any:
+        return self.empty(x.shape, x.dtype.name, 0)
 
     def stream(self, device: int) -> int:
         return 0
@@ -126,9 +129,9 @@ def gpu(monkeypatch: pytest.MonkeyPatch, directory: Path, capability: int = 90) 
         patch.setattr(loader, "describe_gpu", lambda device: card)
         patch.setattr(cuda_chunk, "describe_gpu", lambda device: card)
         patch.setattr(cuda_chunk, "_capturing", lambda stream: False)
-        _inputs._specs.clear()
+        _inputs.forget()
         yield
-    _inputs._specs.clear()
+    _inputs.forget()
 
 
 @cache

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import types
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,7 +13,7 @@ import pytest
 from places import assert_same_bits
 
 import gdr
-from gdr import _arrays
+from gdr import _arrays, _inputs
 from gdr.testing import Inputs, make_inputs, to_numpy
 
 DTYPES = ("float32", "float16", "bfloat16")
@@ -274,7 +275,16 @@ def test_strides_that_end_within_an_element_are_refused_on_a_device(monkeypatch:
         gdr.fused_recurrent_gated_delta_rule(*(OnDevice(y) for y in (x.q, x.k, v, x.g, x.beta)))
 
 
-def test_a_tensor_is_recognised_by_all_that_is_known_of_it(torch: Any) -> None:
+@pytest.mark.parametrize("guards", [True, False])
+def test_a_tensor_is_recognised_by_all_that_is_known_of_it(
+    torch: Any, guards: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    library = _arrays.library_of(torch.empty(1))
+    if not guards:
+        monkeypatch.setattr(library, "_guards", None)
+    elif library._guards is None:
+        pytest.skip("this torch has other guards")
+    _inputs.forget()
     x = problem()
     y = x.to("torch")
     want, _ = gdr.fused_recurrent_gated_delta_rule(*operands(x))
@@ -294,6 +304,28 @@ def test_a_tensor_is_recognised_by_all_that_is_known_of_it(torch: Any) -> None:
             assert_right(y.v.flatten(2))
         with pytest.raises(TypeError, match=r"v: expected .*dtype"):
             assert_right(y.v.half())
+
+
+@pytest.mark.parametrize("flag", ["_c_contiguous", "flags"])
+def test_a_cupy_array_is_recognised_by_all_that_is_known_of_it(flag: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Array(types.SimpleNamespace):
+        def __init__(self, x: np.ndarray, device: int = 0) -> None:
+            super().__init__(shape=x.shape, strides=x.strides, dtype=x.dtype)
+            self.data = types.SimpleNamespace(device_id=device)
+            setattr(self, flag, x.flags.c_contiguous if flag == "_c_contiguous" else x.flags)
+
+    if flag == "_c_contiguous":
+        Array._c_contiguous = None
+    monkeypatch.setitem(sys.modules, "cupy", types.SimpleNamespace(ndarray=Array))
+    library = _arrays.CupyArrays()
+    x = np.zeros((2, 3, 4), np.float32)
+    apart, swapped = np.zeros((2, 3, 8), np.float32)[..., :4], x.swapaxes(0, 1).copy().swapaxes(0, 1)
+    for known in (x, apart):
+        recognizes = library.recognizer([Array(x), Array(known)])
+        assert recognizes(Array(x + 1), Array(known))
+        others = [y for y in (x, apart, swapped, x[:1], x.astype(np.float16)) if y is not known]
+        for other in (*map(Array, others), Array(known, device=1)):
+            assert not recognizes(Array(x), other)
 
 
 def test_tensors_that_require_grad_are_refused_unless_grad_is_off(torch: Any) -> None:

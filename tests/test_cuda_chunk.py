@@ -86,7 +86,7 @@ def use(monkeypatch: pytest.MonkeyPatch, cut: cuda_chunk.Cut) -> None:
     if cut.tile.shared(128) > device.shared or (cut.tile.warpgroups and device.capability != 90):
         pytest.skip("not on this GPU")
     monkeypatch.setattr(cuda_chunk, "pick_cut", lambda *_: cut)
-    _inputs._specs.clear()  # they keep how calls are divided
+    _inputs.forget()  # they keep how calls are divided
 
 
 @pytest.mark.parametrize("tile", [(16, 2), (16, 4), (32, 2), (32, 4), (64, 2)])
@@ -95,7 +95,7 @@ def test_tiles_of_float32(tile: tuple[int, int], monkeypatch: pytest.MonkeyPatch
     if chosen.shared(128) > cuda_chunk.describe_gpu(0).shared:
         pytest.skip("not on this GPU")
     monkeypatch.setattr(cuda_chunk_f32, "pick_tile", lambda *_: chosen)
-    _inputs._specs.clear()
+    _inputs.forget()
     assert_chunk(make_inputs(B=1, T=333, H=1, HV=2, K=128, V=128, dtype="float32"))
 
 
@@ -220,10 +220,10 @@ def test_many_sequences_and_heads_and_short_workspace(dtype: str, monkeypatch: p
     want = chunk(x, initial_state=x.initial_state)
     monkeypatch.setattr(cuda_chunk, "MAX_WORKSPACE", 1 << 20)
     parts = make_inputs(lengths=[700, 0, 10, 900], H=2, HV=12, K=64, V=64, dtype=dtype)
-    _inputs._specs.clear()
+    _inputs.forget()
     for got, whole in zip(chunk(parts, initial_state=parts.initial_state), want):
         assert_same_bits(got, whole)
-    _inputs._specs.clear()
+    _inputs.forget()
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
