@@ -1,5 +1,6 @@
 // The fused recurrence on states [slots, HV, K, V].
 // options: -fmad=false
+// launch: dependent
 //
 // A block owns some columns of one head's state of one sequence; they stay in registers from the first token to the
 // last. The rows are dealt to kSplits splits of kSteps neighbouring rows. A column's products with k and q are sums
@@ -53,6 +54,13 @@ struct Tile {
     __device__ __forceinline__ int row(int m, int i) const { return (split + m * kWarpRows) * kSteps + i; }
     __device__ __forceinline__ int valid(int m, int i) const {
         return kK == kSplits * kSteps || row(m, i) < kK ? valid_columns : 0;
+    }
+    __device__ __forceinline__ void prefetch(const Guess& guess, const StateStrides& strides, int lane) const {
+        constexpr int kRows = kLaneSplits * kWarpRows * kSteps, kBytes = kColumns * bytes_of(kStateType);
+        const int first = (split - lane / kLanes) * kSteps, first_column = column - lane % kLanes * kChunk;
+        guess.prefetch<kRows, kBytes>(state_offset<kStateType, kV>(strides.row, first, first_column),
+                                      row_bytes<kStateType, kV>(strides.row), kK - first,
+                                      (kV - first_column) * bytes_of(kStateType), lane);
     }
     template <int kType>
     __device__ __forceinline__ i64 offset(int m, int i, i64 row_stride) const {
@@ -138,6 +146,9 @@ extern "C" __global__ void __launch_bounds__(kThreads, GDR_MIN_BLOCKS)
     const int first_column = block.slice * kColumns;
     Tile tile(lane, warp, first_column);
 
+    ptx::let_kernel_behind_start();
+    if (fetches_early<kColumns * kK>()) tile.prefetch(Guess(p, block.n, block.hv), p.initial_strides, lane);
+    ptx::wait_for_kernels_ahead();
     const Rows rows(p, block.n);
     const Span span = find_span(p, block.n);
     Loader tokens_now;

@@ -1,5 +1,6 @@
 // The fused recurrence on states [slots, HV, V, K].
 // options: -fmad=false
+// launch: dependent
 //
 // A block owns some rows (value columns) of one head's state of one sequence; they stay in registers from the first
 // token to the last. kLanes lanes share a row, each with the same columns of all of its rows, so that the products of
@@ -41,6 +42,12 @@ struct Tile {
     __device__ __forceinline__ int valid(int r, int j) const {
         const int left = LaneToken::kWhole ? kChunk : kK - (j * kLanes + part) * kChunk;
         return kV % kRows == 0 || row + r * kWarpRows < kV ? left : 0;
+    }
+    __device__ __forceinline__ void prefetch(const Guess& guess, const StateStrides& strides, int lane) const {
+        const int first = row - lane / kLanes;
+        constexpr int kBytes = kK * bytes_of(kStateType);
+        guess.prefetch<kLaneRows * kWarpRows, kBytes>(state_offset<kStateType, kK>(strides.row, first, 0),
+                                                      row_bytes<kStateType, kK>(strides.row), kV - first, kBytes, lane);
     }
     template <int kType>
     __device__ __forceinline__ i64 offset(int r, int j, i64 row_stride) const {
@@ -91,6 +98,10 @@ extern "C" __global__ void __launch_bounds__(kThreads, GDR_MIN_BLOCKS)
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     const int first_row = block.slice * kRows;
     Tile tile(lane, first_row + warp * (kLaneRows * kWarpRows));
+
+    ptx::let_kernel_behind_start();
+    if (fetches_early<kRows * kK>()) tile.prefetch(Guess(p, block.n, block.hv), p.initial_strides, lane);
+    ptx::wait_for_kernels_ahead();
 
     // The row whose sums this lane ends up with.
     const int own = tile.row + tile.part / kSharers * kWarpRows;

@@ -1,5 +1,6 @@
 // Log decay and write strength of every token and head, float32, from raw logits.
 // options: -fmad=false
+// launch: dependent
 #include "gdr/gates.cuh"
 #include "gdr/types.cuh"
 
@@ -28,6 +29,8 @@ __device__ __forceinline__ float read(int dtype, const void* base, i64 index) {
 }  // namespace
 
 extern "C" __global__ void __launch_bounds__(256) gate(const __grid_constant__ Params p) {
+    ptx::let_kernel_behind_start();
+    ptx::wait_for_kernels_ahead();
     const i64 step = static_cast<i64>(gridDim.x) * blockDim.x;
     for (i64 i = static_cast<i64>(blockIdx.x) * blockDim.x + threadIdx.x; i < p.count; i += step) {
         const i64 hv = i % p.HV, t = i / p.HV % p.T, n = i / p.HV / p.T;

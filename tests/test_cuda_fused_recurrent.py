@@ -221,6 +221,59 @@ def test_repeats_give_the_same_bits(layout: str) -> None:
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("state_dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("B", [2, 5])
+def test_calls_that_need_the_last_ones_results(layout: str, state_dtype: str, B: int, cupy: Any) -> None:
+    x = make_inputs(
+        B=B, T=1, H=4, HV=8, K=128, V=128, state_dtype=state_dtype, layout=layout, num_slots=B + 1, normalize=False
+    )
+    first = np.arange(B, dtype=np.int32)
+    there = replace(x.to("cupy", "cuda"), slots=cupy.asarray(first))
+    pool, outs = there.state.copy(), cupy.empty((40, *x.v.shape), x.v.dtype)
+
+    def calls(finish: Any = lambda: None) -> None:
+        # Each call's values are the last one's outputs; its states too; and now and then a kernel just ahead moves the
+        # sequences to other slots.
+        v = there.v
+        for i, out in enumerate(outs):
+            if i % 3 == 2:
+                cupy.subtract(B, there.slots, out=there.slots)
+            update(replace(there, v=v), layout, pool=pool, out=out)
+            finish()
+            v = out
+
+    def restart() -> None:
+        outs.fill(np.nan)
+        pool[...], there.slots[...] = there.state, cupy.asarray(first)
+
+    stream = cupy.cuda.Stream(non_blocking=True)
+    with stream:
+        restart()
+        calls(stream.synchronize)
+        want = outs.copy(), pool.copy()
+        for _ in range(30):
+            restart()
+            calls()
+            same_bits(outs, want[0])
+            same_bits(pool, want[1])
+        restart()
+        stream.begin_capture()
+        calls()
+        graph = stream.end_capture()
+        for _ in range(30):
+            restart()
+            graph.launch()
+            same_bits(outs, want[0])
+            same_bits(pool, want[1])
+    y, slots = x, first
+    for i, got in enumerate(to_numpy(want[0])):
+        slots = B - slots if i % 3 == 2 else slots
+        o, state = expected(replace(y, slots=slots), layout)
+        y = replace(y, v=np.asarray(o, x.v.dtype), state=state)
+        assert_close(got, o, rtol={"float32": 2e-5, "bfloat16": 5e-2}[state_dtype], name=f"o of call {i}")
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("T", [1, 5])
 def test_extreme_gates(layout: str, T: int) -> None:
     x = make_inputs(B=4, T=T, H=2, HV=4, K=64, V=64, layout=layout)

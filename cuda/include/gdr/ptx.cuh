@@ -107,9 +107,11 @@ __device__ __forceinline__ char* dynamic_shared() {
     return memory;
 }
 
-// Kernels that are launched as dependent ones (see gdr/_cuda_loader.py). The first waits until every kernel ahead in the
-// stream has ended and what it wrote can be seen; the second lets the kernel behind start as soon as all blocks have
-// called it or ended, in the room that they leave: that kernel waits itself.
+// For kernels that are launched as dependent ones (see gdr/_cuda_loader.py): whether they may start before the kernels
+// ahead of them in the stream have ended; the wait until these have, and what they wrote can be seen; and what lets the
+// kernel behind start as soon as all blocks have called it or ended, in the room that they leave. That one waits too.
+constexpr bool kStartsEarly = __CUDA_ARCH__ >= 900;
+
 __device__ __forceinline__ void wait_for_kernels_ahead() {
 #if __CUDA_ARCH__ >= 900
     asm volatile("griddepcontrol.wait;" ::: "memory");
@@ -121,6 +123,16 @@ __device__ __forceinline__ void let_kernel_behind_start() {
     asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
 #endif
 }
+
+// A word that a kernel ahead may be writing: it is read past L1, where it would stay.
+__device__ __forceinline__ u32 peek4(const void* from) {
+    u32 x;
+    asm volatile("ld.relaxed.gpu.global.u32 %0, [%1];" : "=r"(x) : "l"(from));
+    return x;
+}
+
+// Brings the 128 bytes around an address into L2. Whoever writes them later writes them there.
+__device__ __forceinline__ void prefetch(const void* from) { asm volatile("prefetch.global.L2 [%0];" ::"l"(from)); }
 
 // Makes a register's value unknown to the compiler, which then converts it again where it is used rather than keep
 // the converted values alive.

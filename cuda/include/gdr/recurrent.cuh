@@ -381,13 +381,58 @@ class StateChunk {
     }
 };
 
-// Where an element of a state lies, whose rows have kLength elements. (The indices are signed and wide so that what
+// From one row of a state, which has kLength elements, to the next.
+template <int kType, int kLength>
+__device__ __forceinline__ i64 row_bytes(i64 row_stride) {
+    return kDenseStates ? i64{kLength} * bytes_of(kType) : row_stride;
+}
+
+// Where an element of a state lies. (The indices are signed and wide so that what
 // is constant in them becomes part of the instructions that use the offset.)
 template <int kType, int kLength>
 __device__ __forceinline__ i64 state_offset(i64 row_stride, i64 row, i64 column) {
-    const i64 row_bytes = kDenseStates ? i64{kLength} * bytes_of(kType) : row_stride;
-    return row * row_bytes + column * bytes_of(kType);
+    return row * row_bytes<kType, kLength>(row_stride) + column * bytes_of(kType);
 }
+
+// Whether a block fetches its kElements of a state into L2 before the kernels ahead have ended. The first blocks do, for
+// 4 MiB; all do where there are 256 MiB or more. Between, to fetch more than that took longer than to fetch nothing
+// (an H100, calls one right after the other): it leaves L2 again before it is used.
+template <int kElements>
+__device__ __forceinline__ bool fetches_early() {
+    constexpr u32 kBytes = kElements * bytes_of(kStateType), kFirst = (4u << 20) / kBytes,
+                  kMany = (256u << 20) / kBytes;
+    const u32 rows = gridDim.y * blockIdx.z + blockIdx.y;
+    return ptx::kStartsEarly && (rows * gridDim.x + blockIdx.x < kFirst || gridDim.z * gridDim.y * gridDim.x >= kMany);
+}
+
+// The state that a sequence will most likely read: a kernel ahead may yet change its slot, or the state. So nothing but
+// L2 sees what is fetched.
+struct Guess {
+    const char* state = nullptr;  // null where there is none
+
+    __device__ __forceinline__ Guess(const Params& p, u32 n, u32 hv) {
+        if constexpr (kHasInitial) {
+            // The low half of a slot of 64 bits will do.
+            i64 row = n;
+            if constexpr (kInitialSlots > 0)
+                row = static_cast<int>(ptx::peek4(p.initial_slots + i64{n} * kInitialSlots));
+            if (row >= 0 && row < p.initial_rows)
+                state = p.initial_state + hv * p.initial_strides.head + row * p.initial_strides.slot;
+        }
+    }
+
+    // Has a warp fetch kRows rows of kBytes from `offset` on; `rows` of them exist, with `bytes` each.
+    template <int kRows, int kBytes>
+    __device__ __forceinline__ void prefetch(i64 offset, i64 row_stride, int rows, int bytes, int lane) const {
+        constexpr int kLine = 128, kLines = ceil_div(kBytes, kLine);
+        if (state == nullptr) return;
+#pragma unroll
+        for (int i = 0; i < ceil_div(kRows * kLines, 32); ++i) {
+            const int id = lane + i * 32, row = id / kLines, at = id % kLines * kLine;
+            if (row < min(kRows, rows) && at < bytes) ptx::prefetch(state + offset + row * row_stride + at);
+        }
+    }
+};
 
 // Where a sequence's states of one head begin, and whether anything is to be done for it.
 struct Work {

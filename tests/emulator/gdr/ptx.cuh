@@ -51,6 +51,13 @@ inline void copy16(void* to, const void* from, bool exists) {
 }
 inline void wait_copies() {}
 inline char* dynamic_shared() { return shared; }
+constexpr bool kStartsEarly = true;
+inline u32 peek4(const void* from) {
+    u32 x;
+    memcpy(&x, from, 4);
+    return x;
+}
+inline void prefetch(const void* from) { (void)*static_cast<const volatile char*>(from); }  // must exist
 inline void wait_for_kernels_ahead() { fibers[current].waited = true; }
 inline void let_kernel_behind_start() {}
 inline void forget(u32&) {}
