@@ -181,7 +181,10 @@ class TorchArrays(_Arrays):
         self.empty_like: Callable[[Any], Any] = partial(torch.empty_like, memory_format=torch.contiguous_format)
 
     def recognizer(self, arrays: Sequence[Any]) -> Callable[..., bool] | None:
-        return None if self._guards is None else _guard(self._guards, *arrays)
+        if self._guards is None:
+            return None
+        recognizes = _guard(self._guards, *arrays)
+        return recognizes if recognizes(*arrays) else None  # not where one tensor comes twice
 
     def signature(self, arrays: Sequence[Any]) -> tuple:
         if self._torch.is_grad_enabled() and any(map(_requires_grad, arrays)):

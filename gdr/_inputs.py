@@ -141,7 +141,11 @@ def recognize(form: Form, operands: tuple[Any, ...], options: tuple[Any, ...]) -
         signature = (signer.number, options, *[sign(pick(operands)) for sign, pick in signer.parts])
         checked = _specs.get(signature) or _check(signature, signer, form, operands, options)
         if checked.recognizes is not None:
-            signer.recent = checked
+            arrays = signer.parts[0][1](operands)
+            if not checked.recognizes(*arrays):  # a thread's modes count too, such as torch.inference_mode
+                recognizes = checked.head[1].recognizer(arrays)
+                checked = _specs[signature] = checked._replace(recognizes=recognizes)
+            signer.recent = checked if checked.recognizes else None
     return checked
 
 

@@ -306,6 +306,28 @@ def test_a_tensor_is_recognised_by_all_that_is_known_of_it(
             assert_right(y.v.half())
 
 
+def test_tensors_are_recognised_in_whatever_mode_calls_go_on(torch: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    library = _arrays.library_of(torch.empty(1))
+    if library._guards is None:
+        pytest.skip("this torch has other guards")
+    signed: list[int] = []
+    sign = library.signature
+    monkeypatch.setattr(library, "signature", lambda arrays: signed.append(len(arrays)) or sign(arrays))
+    _inputs.forget()
+    x = operands(problem().to("torch"))
+
+    def count(*arrays: Any) -> int:
+        signed.clear()
+        for _ in range(4):
+            gdr.fused_recurrent_gated_delta_rule(*arrays)
+        return len(signed)
+
+    assert count(*x) == 1
+    with torch.inference_mode():
+        assert count(*x) == 1
+    assert count(x[0], x[0], *x[2:]) == 4
+
+
 @pytest.mark.parametrize("flag", ["_c_contiguous", "flags"])
 def test_a_cupy_array_is_recognised_by_all_that_is_known_of_it(flag: str, monkeypatch: pytest.MonkeyPatch) -> None:
     class Array(types.SimpleNamespace):
