@@ -2,8 +2,8 @@
 // the formulas and gdr/chunk_f32.cuh for the products and the workspace.
 //
 // A block of 4 warps takes one chunk of one key head. K K^T and Q K^T are products on tensor cores, whose lower halves
-// all value heads share. Then each warp has a value head, and each lane a column of L, of P and of (I + L)^-1, which it
-// finds by forward substitution.
+// all value heads share. Then a warp has T of a value head, or all the rest, and a lane a column of that; of (I + L)^-1
+// it finds one by forward substitution.
 // requires: sm_80
 #include "gdr/chunk_f32.cuh"
 #include "gdr/log_decays.cuh"
@@ -16,10 +16,10 @@ constexpr int kWarps = 4, kThreads = 32 * kWarps;
 constexpr int kProductRow = kC + 8;  // floats: 4 rows in different banks
 constexpr int kColumn = kC + 4;      // 8 columns in different banks
 
-// Of a token and value head.
+// Of a token and value head: the running sum of the log decays, and a factor of its row of L or P.
 struct alignas(16) Token {
-    Sum G;       // running sum of the log decays
-    float L, P;  // factors of its rows: -beta with the key's norm, scale with the query's
+    Sum G;
+    float factor;
 };
 
 struct Shared {
@@ -107,10 +107,10 @@ __device__ __forceinline__ void multiply(Shared& sm, int queries) {
             Left a;
             if (step == 0) a.set(top.x, bottom.x, top.y, bottom.y);
             else a.set(top.z, bottom.z, top.w, bottom.w);
-            float2 b[kColumns];
+            Right b[kColumns];
 #pragma unroll
             for (int i = 0; i < kColumns; ++i)
-                b[i] = step == 0 ? make_float2(keys[i].x, keys[i].y) : make_float2(keys[i].z, keys[i].w);
+                b[i].set(step == 0 ? keys[i].x : keys[i].z, step == 0 ? keys[i].y : keys[i].w);
             add_products(sums, a, b);
         }
     }
@@ -122,26 +122,25 @@ __device__ __forceinline__ void multiply(Shared& sm, int queries) {
     }
 }
 
-// The lane's column of P, and of -L in shared memory.
-__device__ __forceinline__ void fill_column(const Shared& sm, const Token* tokens, const Sum& own, float (&L)[kColumn],
-                                            HeadTileF32& out) {
+// The lane's column of a product times decays and factors, by 8 rows: give(tile, row 0 to 7 ..) gets those that the
+// diagonal crosses or that lie below it. What lies above it is 0.
+template <class Give>
+__device__ __forceinline__ void fill_column(const float (&product)[kC][kProductRow], const Token (&tokens)[kC],
+                                            const Sum& own, float norm, Give&& give) {
     const int s = threadIdx.x % 32;
-    const float norm = kL2Norm ? sm.norms[0][s] : 1.f;
-#pragma unroll 1
+#pragma unroll 2
     for (int tile = 0; tile < kTiles; ++tile) {
-        float* const P = out.P + lower_tile(tile, s / 8) + s % 8;
-        float l[8];
+        float x[8];
 #pragma unroll
         for (int i = 0; i < 8; ++i) {
             const int t = tile * 8 + i;
-            const Token& token = tokens[t];
-            // Above the diagonal there may be anything in `products`.
-            const float factor = norm * decay(token.G, t < s ? token.G : own);
-            l[i] = t <= s ? 0.f : sm.products[0][t][s] * token.L * factor;
-            if (s / 8 <= tile) P[i * 8] = t < s ? 0.f : sm.products[1][t][s] * token.P * factor;
+            const float4 token = *reinterpret_cast<const float4*>(&tokens[t]);
+            // Above the diagonal there may be anything in `product`.
+            const float below =
+                product[t][s] * (token.z * norm) * exp2_fast((token.x - own.high) + (token.y - own.low));
+            x[i] = t < s ? 0.f : below;
         }
-        *reinterpret_cast<float4*>(&L[tile * 8]) = make_float4(l[0], l[1], l[2], l[3]);
-        *reinterpret_cast<float4*>(&L[tile * 8 + 4]) = make_float4(l[4], l[5], l[6], l[7]);
+        give(tile, x);
     }
 }
 
@@ -183,12 +182,12 @@ extern "C" __global__ void __launch_bounds__(kThreads, 4) chunk_prepare_f32(cons
     const int tokens = static_cast<int>(min(seq.length - start, static_cast<i64>(kC)));
     const int warp = __shfl_sync(0xffffffffu, threadIdx.x / 32, 0), lane = threadIdx.x % 32;
 
-    copy_tokens<kThreads>(sm.K, token_row(p.k, p.k_strides, seq, start, h), p.k_strides.token * 4, tokens);
-    copy_tokens<kThreads>(sm.Q, token_row(p.q, p.q_strides, seq, start, h), p.q_strides.token * 4, tokens);
+    copy_tokens<kThreads>(sm.K, token_row(p.k, p.k_strides, seq, start, h), p.k_strides.token * 4, tokens, threadIdx.x);
+    copy_tokens<kThreads>(sm.Q, token_row(p.q, p.q_strides, seq, start, h), p.q_strides.token * 4, tokens, threadIdx.x);
     const i64 from_a = seq.batch * p.a_strides.batch + (seq.first + start) * p.a_strides.token,
               from_b = seq.batch * p.b_strides.batch + (seq.first + start) * p.b_strides.token;
     GateBits bits;
-    if (warp < p.group) bits.load(p, from_a, from_b, h * p.group + warp, tokens);
+    if (warp < 2 * p.group) bits.load(p, from_a, from_b, h * p.group + warp / 2, tokens);
     wait_copies();
     __syncthreads();
     if constexpr (kL2Norm) fill_norms(sm);
@@ -196,25 +195,41 @@ extern "C" __global__ void __launch_bounds__(kThreads, 4) chunk_prepare_f32(cons
     else multiply<1>(sm, warp / 2);
     __syncthreads();
 
-    const float query_norm = kL2Norm ? sm.norms[1][lane] : 1.f, key_norm = kL2Norm ? sm.norms[0][lane] : 1.f;
+    const float key_norm = kL2Norm ? sm.norms[0][lane] : 1.f, query_norm = kL2Norm ? sm.norms[1][lane] : 1.f;
+    Token(&own)[kC] = sm.tokens[warp];
 #pragma unroll 1
-    for (int head = warp; head < p.group; head += kWarps) {
+    for (int i = warp; i < 2 * p.group; i += kWarps) {
+        const int head = i / 2;
+        const bool solves = (i + i / kWarps) % 2 == 0;  // in turn
         HeadTileF32& out =
             reinterpret_cast<HeadTileF32*>(p.head_tiles)[(static_cast<i64>(slot) * p.H + h) * p.group + head];
         Sum G;
         float strength;
         bits.finish(p, tokens, G, strength);
-        if (head + kWarps < p.group) bits.load(p, from_a, from_b, h * p.group + head + kWarps, tokens);
+        if (i + kWarps < 2 * p.group) bits.load(p, from_a, from_b, h * p.group + (i + kWarps) / 2, tokens);
         __syncwarp();  // the last head's is read
-        sm.tokens[warp][lane] = {G, -strength * key_norm, p.scale * query_norm};
+        own[lane] = {G, solves ? -strength * key_norm : p.scale * query_norm};
         __syncwarp();
-        const Sum none = {0.f, 0.f}, last = sm.tokens[warp][kC - 1].G;
-        const float d = decay_unbiased(G, none);
-        out.read[lane] = d * key_norm, out.query[lane] = d * (p.scale * query_norm);
-        out.write[lane] = decay_unbiased(last, G) * key_norm;
-        if (lane == kC - 1) out.d_last = d;
-        fill_column(sm, sm.tokens[warp], G, sm.L[warp][lane], out);
-        __syncwarp();
-        solve_column(sm.L[warp], strength, out);
+        if (solves) {
+            float (&L)[kC][kColumn] = sm.L[warp];
+            fill_column(sm.products[0], own, G, key_norm, [&](int tile, const float (&x)[8]) {
+                *reinterpret_cast<float4*>(&L[lane][tile * 8]) = make_float4(x[0], x[1], x[2], x[3]);
+                *reinterpret_cast<float4*>(&L[lane][tile * 8 + 4]) = make_float4(x[4], x[5], x[6], x[7]);
+            });
+            __syncwarp();
+            solve_column(L, strength, out);
+        } else {
+            const Sum none = {0.f, 0.f};
+            const float d = decay_unbiased(G, none);
+            out.read[lane] = d * key_norm, out.query[lane] = d * (p.scale * query_norm);
+            out.write[lane] = decay_unbiased(own[kC - 1].G, G) * key_norm;
+            if (lane == kC - 1) out.d_last = d;
+            fill_column(sm.products[1], own, G, key_norm, [&](int tile, const float (&x)[8]) {
+                if (lane / 8 <= tile) {
+#pragma unroll
+                    for (int t = 0; t < 8; ++t) out.P[lower_tile(tile, lane / 8) + t * 8 + lane % 8] = x[t];
+                }
+            });
+        }
     }
 }

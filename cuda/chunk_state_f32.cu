@@ -9,12 +9,12 @@
 //     O^T = query Y + U P^T                 for the warp's share of the tokens
 //     S = d_last S + (write U) K
 //
-// K, Q and V arrive from where the caller has them, a chunk ahead.
+// One more warp brings K, Q and V from where the caller has them, and the workspace, up to kStages chunks ahead.
 //
-//   GDR_COLUMNS, GDR_SPLIT    kColumns, kSplit
+//   GDR_COLUMNS, GDR_SPLIT, GDR_STAGES    kColumns, kSplit, kStages
 // requires: sm_80
 namespace gdr {
-constexpr int kColumns = GDR_COLUMNS, kSplit = GDR_SPLIT;
+constexpr int kColumns = GDR_COLUMNS, kSplit = GDR_SPLIT, kStages = GDR_STAGES;
 constexpr bool kCompose = false;
 }  // namespace gdr
 
@@ -25,7 +25,6 @@ using namespace gdr;
 
 namespace {
 
-constexpr int kStages = 2;
 constexpr int kOwnTiles = kTiles / kSplit;  // tiles of 8 tokens whose outputs a warp finishes
 constexpr int kGroups = kWarpKeys / 16;     // of 16 keys
 static_assert(kSplit == 2 || kSplit == 4);
@@ -44,56 +43,39 @@ struct Exchange {
 
 struct Shared {
     Stage stages[kStages];
-    Barrier full[kStages];
+    Barrier full[kStages], empty[kStages];
     alignas(16) Exchange exchange[kWarps][2];  // by warp and parity of the chunk
 };
 
-// ---- Copies.
+// ---- The warp that brings chunks.
 
-constexpr int kArrivals = kThreads +
+constexpr int kArrivals = 32 +
 #if __CUDA_ARCH__ >= 900
                           1;
 #else
                           0;
 #endif
 
-// Where the block's first tokens of K and Q are, and the bytes from one to the next.
-struct Keys {
-    const char *k, *q;
-    i64 k_step, q_step;
-
-    __device__ __forceinline__ Keys(const Params& p, const Work& work)
-        : k(token_row(p.k, p.k_strides, work.seq, 0, work.hv / p.group)),
-          q(token_row(p.q, p.q_strides, work.seq, 0, work.hv / p.group)),
-          k_step(p.k_strides.token * kValueBytes),
-          q_step(p.q_strides.token * kValueBytes) {}
-};
-
-// Every thread calls it; the stage's barrier completes once all has landed.
-__device__ __forceinline__ void copy_chunk(const Params& p, const Work& work, const Keys& keys, Stage& stage,
-                                           Barrier& full, int chunk) {
-    const i64 first = static_cast<i64>(chunk) * kC;
-    const int tokens = work.tokens(chunk);
-    const i64 slot = work.seq.chunk + chunk - p.first_chunk;
-    const char* head = p.head_tiles + (slot * (p.H * p.group) + work.hv) * sizeof(HeadTileF32);
+__device__ __forceinline__ void bring_head(const char* from, Stage& stage, Barrier& full, int lane) {
 #if __CUDA_ARCH__ >= 900
-    if (threadIdx.x == 0) {
+    if (lane == 0) {
         full.arrive_expect(HeadTileF32::kUsed);
-        full.copy_bulk(shared_address(&stage.head), head, HeadTileF32::kUsed);
+        full.copy_bulk(shared_address(&stage.head), from, HeadTileF32::kUsed);
     }
 #else
-    for (int i = threadIdx.x; i < HeadTileF32::kUsed / 16; i += kThreads)
-        copy16(shared_address(&stage.head) + i * 16, head + i * 16, true);
+    for (int i = lane; i < HeadTileF32::kUsed / 16; i += 32)
+        copy16(shared_address(&stage.head) + i * 16, from + i * 16, true);
 #endif
-    copy_tokens<kThreads>(stage.K, keys.k + first * keys.k_step, keys.k_step, tokens);
-    copy_tokens<kThreads>(stage.Q, keys.q + first * keys.q_step, keys.q_step, tokens);
-    const char* values = work.values + first * work.value_step;
+}
+
+__device__ __forceinline__ void bring_values(const char* from, i64 step, Stage& stage, int tokens, int lane) {
+    constexpr int kAcross = kColumns / 4, kDown = 32 / kAcross;
+    const int across = lane % kAcross, down = lane / kAcross;
+    from += down * step + across * 16;
 #pragma unroll
-    for (int i = threadIdx.x; i < kC * kColumns / 4; i += kThreads) {
-        const int token = i / (kColumns / 4), piece = i % (kColumns / 4);
-        const bool exists = token < tokens;
-        const char* from = exists ? values + token * work.value_step + piece * 16 : work.values;
-        float* to = &stage.V[token][piece * 4];
+    for (int token = 0; token < kC; token += kDown) {
+        const bool exists = token + down < tokens;
+        float* const to = &stage.V[token + down][across * 4];
         if constexpr (kAligned) {
             copy16(shared_address(to), from, exists);
         } else {
@@ -101,9 +83,36 @@ __device__ __forceinline__ void copy_chunk(const Params& p, const Work& work, co
             load_chunk<kFloat32, 4, false>(from, 0, exists ? 4 : 0, words);
             *reinterpret_cast<uint4*>(to) = make_uint4(words[0], words[1], words[2], words[3]);
         }
+        from += kDown * step;
     }
-    if constexpr (!kAligned) __threadfence_block();
-    full.arrive_after_copies();
+}
+
+__device__ __forceinline__ void bring_chunks(const Params& p, const Work& work, Shared& sm) {
+    const int lane = threadIdx.x % 32;
+    const i64 first = static_cast<i64>(work.first) * kC, slot = work.seq.chunk + work.first - p.first_chunk;
+    const i64 k_step = p.k_strides.token * kValueBytes, q_step = p.q_strides.token * kValueBytes;
+    const i64 head_step = static_cast<i64>(p.H * p.group) * sizeof(HeadTileF32);
+    const char* k = token_row(p.k, p.k_strides, work.seq, first, work.hv / p.group);
+    const char* q = token_row(p.q, p.q_strides, work.seq, first, work.hv / p.group);
+    const char* v = work.values + first * work.value_step;
+    const char* head = p.head_tiles + slot * head_step + work.hv * sizeof(HeadTileF32);
+    int stage = 0;
+    u32 parity = 1;  // the first round finds every stage empty
+#pragma unroll 1
+    for (int chunk = work.first; chunk < work.last; ++chunk) {
+        const int tokens = work.tokens(chunk);
+        Stage& to = sm.stages[stage];
+        sm.empty[stage].wait(parity);
+        bring_head(head, to, sm.full[stage], lane);
+        copy_tokens<32>(to.K, k, k_step, tokens, lane);
+        copy_tokens<32>(to.Q, q, q_step, tokens, lane);
+        bring_values(v, work.value_step, to, tokens, lane);
+        if constexpr (!kAligned) __threadfence_block();
+        sm.full[stage].arrive_after_copies();
+        k += kC * k_step, q += kC * q_step, v += kC * work.value_step, head += head_step;
+        if (++stage == kStages) stage = 0, parity ^= 1;
+    }
+    wait_copies();
 }
 
 // ---- Splits.
@@ -141,17 +150,17 @@ __device__ __forceinline__ float2 load2(const void* from) { return *reinterpret_
 struct Sums {
     float high[4] = {}, left[4] = {}, right[4] = {};
 
-    __device__ __forceinline__ void add(const Left& a, const float2& b) {
-        mma_tf32(left, a.low, __float_as_uint(b.x), __float_as_uint(b.y));
-        mma_tf32(right, a.high, rest_of(b.x), rest_of(b.y));
-        mma_tf32(high, a.high, __float_as_uint(b.x), __float_as_uint(b.y));
+    __device__ __forceinline__ void add(const Left& a, const float2& x) {
+        Right b;
+        b.set(x.x, x.y);
+        mma_tf32(left, a.low, b.high[0], b.high[1]);
+        mma_tf32(right, a.high, b.low[0], b.low[1]);
+        mma_tf32(high, a.high, b.high[0], b.high[1]);
     }
     __device__ __forceinline__ float operator[](int i) const { return high[i] + (left[i] + right[i]); }
 };
 
-template <class Refill>
-__device__ __forceinline__ void do_chunk(const Work& work, Shared& sm, const Stage& stage, State& S, int chunk,
-                                         Refill&& refill) {
+__device__ __forceinline__ void do_chunk(const Work& work, Shared& sm, const Stage& stage, State& S, int chunk) {
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, split = warp % kSplit;
     const int column = warp / kSplit * 16 + lane / 4;  // of the block
     const HeadTileF32& head = stage.head;
@@ -178,10 +187,10 @@ __device__ __forceinline__ void do_chunk(const Work& work, Shared& sm, const Sta
         for (int step = 0; step < 2; ++step) {
             Left a;
             a.set(S[2 * m][step], S[2 * m][step + 2], S[2 * m + 1][step], S[2 * m + 1][step + 2]);
-            float2 b[2 * kTiles];
+            Right b[2 * kTiles];
 #pragma unroll
             for (int i = 0; i < 2 * kTiles; ++i)
-                b[i] = step == 0 ? make_float2(keys[i].x, keys[i].y) : make_float2(keys[i].z, keys[i].w);
+                b[i].set(step == 0 ? keys[i].x : keys[i].z, step == 0 ? keys[i].y : keys[i].w);
             add_products(Z, a, b);
         }
     }
@@ -192,8 +201,7 @@ __device__ __forceinline__ void do_chunk(const Work& work, Shared& sm, const Sta
     for (int i = 0; i < kTiles; ++i) give(exchange[warp][chunk % 2].X[i], X[i], lane);
 #pragma unroll
     for (int i = kOwnTiles; i < kTiles; ++i) give(exchange[warp][chunk % 2].Y[i - kOwnTiles], Y[i], lane);
-    __syncthreads();
-    refill();
+    sync_threads(1 + warp / kSplit, 32 * kSplit);
 #pragma unroll
     for (int i = 0; i < kTiles; ++i) gather(X[i], warp, lane, [&](int w) { return exchange[w][chunk % 2].X[i]; });
 #pragma unroll
@@ -253,12 +261,12 @@ __device__ __forceinline__ void do_chunk(const Work& work, Shared& sm, const Sta
         float sums[2 * kAtOnce][4] = {};
 #pragma unroll
         for (int k = 0; k < kTiles; ++k) {
-            float2 b[2 * kAtOnce];
+            Right b[2 * kAtOnce];
 #pragma unroll
             for (int j = 0; j < kAtOnce; ++j) {
                 const int offset = k * 8 * kRowBytes + (m + j) * kSplit * 64;
                 const float2 x = load2(even + offset), y = load2(odd + offset);
-                b[2 * j] = make_float2(x.x, y.x), b[2 * j + 1] = make_float2(x.y, y.y);
+                b[2 * j].set(x.x, y.x), b[2 * j + 1].set(x.y, y.y);
             }
             add_products(sums, weighted[k], b);
         }
@@ -272,24 +280,25 @@ __device__ __forceinline__ void do_chunk(const Work& work, Shared& sm, const Sta
 
 }  // namespace
 
-extern "C" __global__ void __launch_bounds__(kThreads, 1) chunk_state_f32(const __grid_constant__ Params p) {
+extern "C" __global__ void __launch_bounds__(kThreads + 32, 1) chunk_state_f32(const __grid_constant__ Params p) {
     extern __shared__ __align__(128) char shared[];
     Shared& sm = *reinterpret_cast<Shared*>(shared);
-    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    const int warp = __shfl_sync(0xffffffffu, threadIdx.x / 32, 0), lane = threadIdx.x % 32;
     Work work;
     if (!find_work(p, work)) return;
     const int column = work.first_column + warp / kSplit * 16, first_key = warp % kSplit * 16;
     find_tokens(p, work, 0, 0, lane % 4 * 2, column + lane / 4);
-    const Keys keys(p, work);
 
     if (threadIdx.x == 0) {
 #pragma unroll
-        for (int i = 0; i < kStages; ++i) sm.full[i].init(kArrivals);
+        for (int i = 0; i < kStages; ++i) sm.full[i].init(kArrivals), sm.empty[i].init(kWarps);
         Barrier::publish_inits();
     }
     __syncthreads();
-    if (work.first < work.last) copy_chunk(p, work, keys, sm.stages[0], sm.full[0], work.first);
-
+    if (warp == kWarps) {
+        bring_chunks(p, work, sm);
+        return;
+    }
     State S;
     load_state(p, work, S, column, first_key);
     int stage = 0;
@@ -297,10 +306,10 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) chunk_state_f32(const 
 #pragma unroll 1
     for (int chunk = work.first; chunk < work.last; ++chunk) {
         sm.full[stage].wait(parity);
-        do_chunk(work, sm, sm.stages[stage], S, chunk, [&] {
-            if (chunk + 1 < work.last) copy_chunk(p, work, keys, sm.stages[stage ^ 1], sm.full[stage ^ 1], chunk + 1);
-        });
-        if (stage ^= 1; stage == 0) parity ^= 1;
+        do_chunk(work, sm, sm.stages[stage], S, chunk);
+        __syncwarp();
+        if (lane == 0) sm.empty[stage].arrive();
+        if (++stage == kStages) stage = 0, parity ^= 1;
     }
     save_state(p, work, S, column, first_key);
 }

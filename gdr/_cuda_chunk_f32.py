@@ -24,21 +24,22 @@ _HEAD_TILE = 5632  # bytes of T, P and factors of a chunk and value head
 
 
 class Tile(NamedTuple):
-    """How chunk_state_f32 divides a state: value columns of a block, splits of the keys."""
+    """How chunk_state_f32 divides a state: value columns of a block, splits of the keys, chunks in shared memory."""
 
     columns: int
     split: int
+    stages: int
 
     @property
     def threads(self) -> int:
-        """Threads of a block."""
-        return 2 * self.columns * self.split
+        """Threads of a block: those that multiply, and a warp that brings chunks."""
+        return 2 * self.columns * self.split + 32
 
     def shared(self, K: int) -> int:
         """Bytes of shared memory of a block: the struct Shared of chunk_state_f32.cu."""
         stage = 2 * _key_tile(K) + _HEAD_TILE + CHUNK * (self.columns + 4) * 4
-        exchange = self.threads // 32 * 2 * (2 * _TILES - _TILES // self.split) * 512
-        return 2 * (stage + 8) + exchange
+        exchange = self.columns // 16 * self.split * 2 * (2 * _TILES - _TILES // self.split) * 512
+        return self.stages * (stage + 16) + exchange
 
 
 class Plan:
@@ -96,21 +97,22 @@ def pick_tile(spec: Spec, gpu: Gpu) -> Tile | None:
     """Choose how to divide a call, or None where the fused recurrence runs instead."""
     if gpu.capability < 80 or spec.V % 16 or not spec.N * spec.HV:
         return None
-    # Few heads: keys in four parts, so that one sequence has twice the warps.
-    split = 4 if gpu.multiprocessors >= spec.HV * (spec.V // 16) else 2
     tiles = [
         tile
-        for columns in (64, 32, 16)
-        for tile in (Tile(columns, split), Tile(columns, 2))
-        if spec.V % columns == 0 and tile.threads <= 256 and tile.shared(spec.K) <= gpu.shared
+        for split in (4, 2)
+        for columns in (32, 16)
+        for stages in (3, 2)
+        if spec.V % columns == 0 and (tile := Tile(columns, split, stages)).shared(spec.K) <= gpu.shared
     ]
     if not tiles:
         return None
-    split = max(tile.split for tile in tiles)
-    tiles = [tile for tile in tiles if tile.split == split]
     blocks = spec.N * spec.HV * spec.V
     # The fewest blocks that still use the device; if none do, the most.
-    return next((tile for tile in tiles if blocks // tile.columns >= 0.75 * gpu.multiprocessors), tiles[-1])
+    tiles = [tile for tile in tiles if tile.split == tiles[0].split]
+    return next(
+        (tile for tile in tiles if blocks // tile.columns >= 0.75 * gpu.multiprocessors),
+        next(tile for tile in tiles if tile.columns == tiles[-1].columns),
+    )
 
 
 def specialize(spec: Spec, tile: Tile, aligned: bool) -> list[tuple[str, dict[str, _cuda_loader.Define]]]:
@@ -118,7 +120,7 @@ def specialize(spec: Spec, tile: Tile, aligned: bool) -> list[tuple[str, dict[st
     shared, state, none, gates = _cuda_chunk.definitions(spec, aligned)
     return [
         ("chunk_prepare_f32", shared | none | gates),
-        ("chunk_state_f32", shared | state | {"GDR_COLUMNS": tile.columns, "GDR_SPLIT": tile.split}),
+        ("chunk_state_f32", shared | state | {"GDR_COLUMNS": tile.columns, "GDR_SPLIT": tile.split, "GDR_STAGES": tile.stages}),
     ]
 
 

@@ -89,8 +89,8 @@ def use(monkeypatch: pytest.MonkeyPatch, cut: cuda_chunk.Cut) -> None:
     _inputs.forget()  # they keep how calls are divided
 
 
-@pytest.mark.parametrize("tile", [(16, 2), (16, 4), (32, 2), (32, 4), (64, 2)])
-def test_tiles_of_float32(tile: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("tile", [(16, 2, 2), (16, 4, 3), (32, 2, 3), (32, 4, 2), (64, 2, 2)])
+def test_tiles_of_float32(tile: tuple[int, int, int], monkeypatch: pytest.MonkeyPatch) -> None:
     chosen = cuda_chunk_f32.Tile(*tile)
     if chosen.shared(128) > cuda_chunk.describe_gpu(0).shared:
         pytest.skip("not on this GPU")

@@ -88,8 +88,8 @@ def test_chunk_at_odd_addresses(capability: int, dtype: str) -> None:
     assert_chunk(x)
 
 
-@pytest.mark.parametrize("tile", [(16, 2), (16, 4), (32, 2), (32, 4), (64, 2)])
-def test_tiles_of_float32(device: None, tile: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("tile", [(16, 2, 2), (16, 4, 3), (32, 2, 3), (32, 4, 2), (64, 2, 2)])
+def test_tiles_of_float32(device: None, tile: tuple[int, int, int], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cuda_chunk_f32, "pick_tile", lambda *_: cuda_chunk_f32.Tile(*tile))
     assert_chunk(make_inputs(B=2, T=70, H=1, HV=1, K=128, V=64, dtype="float32"))
 

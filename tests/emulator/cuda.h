@@ -12,6 +12,7 @@
 #include <vector>
 
 #define __device__
+#define __constant__
 #define __host__
 #define __global__
 #define __forceinline__ inline

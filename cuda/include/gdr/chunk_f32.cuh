@@ -17,8 +17,13 @@ static_assert(kQkv == kFloat32);
 
 // ---- Products.
 
-__device__ __forceinline__ u32 rest_of(float x) {
-    return __float_as_uint(x - __uint_as_float(__float_as_uint(x) & 0xffffe000u));
+// In memory, so that the compiler does not know that tensor cores would take x itself for `high`: it would copy x to
+// where an operand's registers must be, again and again.
+__constant__ u32 kLeadingBits = 0xffffe000u;
+
+__device__ __forceinline__ void split(float x, u32& high, u32& low) {
+    high = __float_as_uint(x) & kLeadingBits;
+    low = __float_as_uint(x - __uint_as_float(high));
 }
 
 // A left operand, 16 x 8: rows g, g + 8, g, g + 8 of columns t, t, t + 4, t + 4.
@@ -28,21 +33,28 @@ struct Left {
     __device__ __forceinline__ void set(float a0, float a1, float a2, float a3) {
         const float a[4] = {a0, a1, a2, a3};
 #pragma unroll
-        for (int i = 0; i < 4; ++i) high[i] = __float_as_uint(a[i]), low[i] = rest_of(a[i]);
+        for (int i = 0; i < 4; ++i) split(a[i], high[i], low[i]);
     }
     // An accumulator, whose columns become the contraction.
     __device__ __forceinline__ void set(const float (&c)[4]) { set(c[0], c[2], c[1], c[3]); }
 };
 
+// A right operand, 8 x 8: column g of rows t and t + 4.
+struct Right {
+    u32 high[2], low[2];
+
+    __device__ __forceinline__ void set(float b0, float b1) { split(b0, high[0], low[0]), split(b1, high[1], low[1]); }
+};
+
 // c[n] += a b[n], kCount products that do not wait for one another.
 template <int kCount>
-__device__ __forceinline__ void add_products(float (&c)[kCount][4], const Left& a, const float2 (&b)[kCount]) {
+__device__ __forceinline__ void add_products(float (&c)[kCount][4], const Left& a, const Right (&b)[kCount]) {
 #pragma unroll
-    for (int n = 0; n < kCount; ++n) mma_tf32(c[n], a.low, __float_as_uint(b[n].x), __float_as_uint(b[n].y));
+    for (int n = 0; n < kCount; ++n) mma_tf32(c[n], a.low, b[n].high[0], b[n].high[1]);
 #pragma unroll
-    for (int n = 0; n < kCount; ++n) mma_tf32(c[n], a.high, rest_of(b[n].x), rest_of(b[n].y));
+    for (int n = 0; n < kCount; ++n) mma_tf32(c[n], a.high, b[n].low[0], b[n].low[1]);
 #pragma unroll
-    for (int n = 0; n < kCount; ++n) mma_tf32(c[n], a.high, __float_as_uint(b[n].x), __float_as_uint(b[n].y));
+    for (int n = 0; n < kCount; ++n) mma_tf32(c[n], a.high, b[n].high[0], b[n].high[1]);
 }
 
 // ---- Keys and queries in shared memory: the rows of a chunk's tokens one after another, in pieces of 4 keys. The
@@ -65,23 +77,33 @@ __device__ __forceinline__ u32 by_tokens_f32(u32 lane, u32 group, u32 odd) {
     return place_of(lane % 4 * 2 + odd, group * 4 + lane / 8) + lane / 4 % 2 * 8;
 }
 
-// Brings the first `tokens` rows of a chunk, from `from` on and `step` bytes apart; the others become 0.
+constexpr __host__ __device__ int power_of_two_in(int n) { return n & -n; }
+
+// Brings the first `tokens` rows of a chunk, from `from` on and `step` bytes apart; the others become 0. `thread` of
+// kThreads threads that all call it.
 template <int kThreads>
-__device__ __forceinline__ void copy_tokens(char* to, const char* from, i64 step, int tokens) {
-    static_assert(kC * kPieces % kThreads == 0);
-#pragma unroll 4
-    for (int i = threadIdx.x; i < kC * kPieces; i += kThreads) {
-        const int token = i / kPieces, piece = i % kPieces;
-        const bool exists = token < tokens && piece * 4 < kK;
-        const char* there = exists ? from + token * step + piece * 16 : from;
-        char* const place = to + place_of(token, piece);
-        if constexpr (kAligned) {
-            copy16(shared_address(place), there, exists);
-        } else {
-            u32 words[4];
-            load_chunk<kFloat32, 4, false>(there, 0, exists ? kK - piece * 4 : 0, words);
-            *reinterpret_cast<uint4*>(place) = make_uint4(words[0], words[1], words[2], words[3]);
+__device__ __forceinline__ void copy_tokens(char* to, const char* from, i64 step, int tokens, int thread) {
+    // Threads side by side in a row, and rows that are copied at once.
+    constexpr int kAcross = power_of_two_in(kPieces) < kThreads ? power_of_two_in(kPieces) : kThreads,
+                  kDown = kThreads / kAcross;
+    const int across = thread % kAcross, down = thread / kAcross;
+    from += down * step + across * 16;
+#pragma unroll
+    for (int token = 0; token < kC; token += kDown) {
+#pragma unroll
+        for (int piece = 0; piece < kPieces; piece += kAcross) {
+            const int left = kK - (piece + across) * 4;
+            const bool exists = token + down < tokens && (kK == kKeys || left > 0);
+            char* const place = to + place_of(token + down, piece + across);
+            if constexpr (kAligned) {
+                copy16(shared_address(place), exists ? from + piece * 16 : from, exists);
+            } else {
+                u32 words[4];
+                load_chunk<kFloat32, 4, false>(from, piece * 4, exists ? left : 0, words);
+                *reinterpret_cast<uint4*>(place) = make_uint4(words[0], words[1], words[2], words[3]);
+            }
         }
+        from += kDown * step;
     }
 }
 

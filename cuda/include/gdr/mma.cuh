@@ -125,6 +125,11 @@ __device__ __forceinline__ float exp2_fast(float x) {
     return y;
 }
 
+// Waits for so many threads of the block, which name the same barrier of 1 to 15.
+__device__ __forceinline__ void sync_threads(int barrier, int threads) {
+    asm volatile("bar.sync %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
+}
+
 // ---- Copies into shared memory that nothing waits for, and the barrier that tells of their end.
 
 // 16 bytes, or 16 zero bytes where `exists` is false.

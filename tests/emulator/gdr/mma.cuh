@@ -116,6 +116,11 @@ inline void load_shared16(u32 address, u32 (&x)[4]) { memcpy(x, at_shared<uint4>
 inline u32 in_order(int lane) { return lane * 16; }
 inline float exp2_fast(float x) { return exp2f(x); }
 
+inline void sync_threads(int barrier, int count) {
+    static Meeting named[16];
+    named[barrier].wait(count);
+}
+
 inline void copy16(u32 to, const void* from, bool exists) {
     if (exists) ptx::load16(from, reinterpret_cast<u32*>(at_shared<uint4>(to)));
     else *at_shared<uint4>(to) = {};
