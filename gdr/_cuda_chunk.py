@@ -17,6 +17,7 @@ from operator import or_
 from typing import Any, NamedTuple
 
 from gdr import _arrays, _cuda_chunk_f32, _cuda_fused_recurrent, _cuda_loader
+from gdr._backends import CHUNK_FROM
 from gdr._cuda_fused_recurrent import SIZES, TYPES, Pointers
 from gdr._cuda_loader import Gpu, describe_gpu
 from gdr._inputs import Call, refuse_misaligned
@@ -148,12 +149,25 @@ def _runner(call: Call) -> Callable[[Call], None]:
 
 def make_plan(call: Call) -> Plan | _cuda_chunk_f32.Plan | None:
     """Plan a call; None where the fused recurrence runs instead."""
-    spec, gpu = call.spec, describe_gpu(int(call.spec.device))
-    if spec.dtype == "float32":
-        tile = _cuda_chunk_f32.pick_tile(spec, gpu)
-        return None if tile is None else _cuda_chunk_f32.Plan(call, tile)
-    cut = pick_cut(spec, call.batch_invariant, gpu)
-    return None if cut is None else Plan(call, cut)
+    chosen = choose(call.spec, describe_gpu(int(call.spec.device)), call.batch_invariant)
+    if isinstance(chosen, Cut):
+        return Plan(call, chosen)
+    return None if isinstance(chosen, str) else _cuda_chunk_f32.Plan(call, chosen)
+
+
+def choose(spec: Spec, gpu: Gpu, batch_invariant: bool) -> Cut | _cuda_chunk_f32.Tile | str:
+    """Choose how to divide a call, or say why the fused recurrence runs instead."""
+    if gpu.capability < 80:
+        return f"chunks need compute capability 8.0, and this GPU has {gpu.capability / 10}"
+    if spec.V % 16:
+        return f"chunks need V to be a multiple of 16, and it is {spec.V}"
+    if not spec.N * spec.HV:
+        return "there are no states"
+    # The two forms round differently, and the mean length is the batch's.
+    if CHUNK_FROM["cuda"] * spec.N > spec.B * spec.T and not batch_invariant:
+        return f"sequences of fewer than {CHUNK_FROM['cuda']} tokens are done sooner so"
+    chosen = _cuda_chunk_f32.pick_tile(spec, gpu) if spec.dtype == "float32" else pick_cut(spec, batch_invariant, gpu)
+    return chosen or f"chunks of K={spec.K} need more shared memory than a block of this GPU has"
 
 
 def _run(call: Call, plan: Plan) -> None:
@@ -203,20 +217,24 @@ def scratch(call: Call) -> int:
     return 0 if plan is None else plan.workspace
 
 
-def count_chunks(spec: Spec, chunk: int = CHUNK) -> int:
+def chunk_size(spec: Spec) -> int:
+    """Tokens of a chunk."""
+    return _cuda_chunk_f32.CHUNK if spec.dtype == "float32" else CHUNK
+
+
+def count_chunks(spec: Spec) -> int:
     """Chunk numbers of a call, known without reading cu_seqlens: packed sequences may leave one out each."""
+    chunk = chunk_size(spec)
     if spec.varlen:
         return spec.T // chunk + spec.N
     return max(1, spec.N * -(-spec.T // chunk))
 
 
 def pick_cut(spec: Spec, batch_invariant: bool, gpu: Gpu) -> Cut | None:
-    """Choose how to divide a call, or None where the fused recurrence runs instead.
+    """Choose how to divide a call that chunks can do, or None where nothing fits into shared memory.
 
     Columns never show in the bits of a result; splits of keys and segments do, so `batch_invariant` fixes them.
     """
-    if gpu.capability < 80 or spec.V % 16 or not spec.N * spec.HV:
-        return None
     if gpu.capability == 90 and spec.K <= 128 and spec.V % 64 == 0:
         cuts = _cuts_by_warpgroups(spec, batch_invariant)
         return min(cuts, key=lambda cut: _estimate(spec, cut, gpu))
@@ -284,17 +302,16 @@ def _estimate(spec: Spec, cut: Cut, gpu: Gpu) -> float:
     return total
 
 
-def specializations(spec: Spec, gpu: Gpu) -> list[tuple[str, dict[str, _cuda_loader.Define]]]:
+def specializations(
+    spec: Spec, gpu: Gpu, batch_invariant: bool = False, wide: bool = False
+) -> list[tuple[str, dict[str, _cuda_loader.Define]]]:
     """List the kernels that aligned calls with this `Spec` use on a GPU."""
-    if spec.dtype == "float32":
-        tile = _cuda_chunk_f32.pick_tile(spec, gpu)
-        if tile is not None:
-            return _cuda_chunk_f32.specialize(spec, tile, True)
+    chosen = choose(spec, gpu, batch_invariant)
+    if isinstance(chosen, str):
         return _cuda_fused_recurrent.specializations(spec, gpu)
-    cut = pick_cut(spec, False, gpu)
-    if cut is None:
-        return _cuda_fused_recurrent.specializations(spec, gpu)
-    return _specialize(spec, cut, True)
+    if isinstance(chosen, Cut):
+        return _specialize(spec, chosen, True, wide)
+    return _cuda_chunk_f32.specialize(spec, chosen, True)
 
 
 def _specialize(

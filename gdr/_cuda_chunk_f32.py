@@ -2,7 +2,7 @@
 
 Two kernels, as for 16 bits, with chunks of 32 tokens: cuda/include/gdr/chunk_f32.cuh says what differs.  Neither the
 columns of a block nor how chunks are done in parts shows in the bits of a result, and what does, the splits of the
-keys, follows from the heads alone: a sequence's bits never depend on the rest of the batch.
+keys, follows from K and V alone: a sequence's bits never depend on the rest of the batch.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class Plan:
         spec = self.spec = call.spec
         self.tile = tile
         self.pointers = Pointers(call)
-        self.chunks = _cuda_chunk.count_chunks(spec, CHUNK)
+        self.chunks = _cuda_chunk.count_chunks(spec)
         per_chunk = spec.HV * _HEAD_TILE
         self.at_once = min(self.chunks, max(1, _cuda_chunk.MAX_WORKSPACE // per_chunk), LARGEST_GRID)
         # States between parts, those that one launch reads and those it writes.
@@ -94,9 +94,7 @@ class Plan:
 
 
 def pick_tile(spec: Spec, gpu: Gpu) -> Tile | None:
-    """Choose how to divide a call, or None where the fused recurrence runs instead."""
-    if gpu.capability < 80 or spec.V % 16 or not spec.N * spec.HV:
-        return None
+    """Choose how to divide a call that chunks can do, or None where nothing fits into shared memory."""
     tiles = [
         tile
         for split in (4, 2)
@@ -120,7 +118,10 @@ def specialize(spec: Spec, tile: Tile, aligned: bool) -> list[tuple[str, dict[st
     shared, state, none, gates = _cuda_chunk.definitions(spec, aligned)
     return [
         ("chunk_prepare_f32", shared | none | gates),
-        ("chunk_state_f32", shared | state | {"GDR_COLUMNS": tile.columns, "GDR_SPLIT": tile.split, "GDR_STAGES": tile.stages}),
+        (
+            "chunk_state_f32",
+            shared | state | {"GDR_COLUMNS": tile.columns, "GDR_SPLIT": tile.split, "GDR_STAGES": tile.stages},
+        ),
     ]
 
 

@@ -248,9 +248,8 @@ class Fold(NamedTuple):
 
 
 def _make_fold(ring: Ring, slot_bytes: int, in_place: bool) -> Fold:
-    shape = Shape(ring.H, ring.HV, ring.K, ring.V, ring.layout, ring.pool.dtype.name, ring.entries)
-    tile = pick_tile(shape, "ring_fold", 1 << 20, 1)
-    kernel = _cuda_loader.load("ring_fold", _fold_defines(shape, tile, slot_bytes, in_place), ring.device)
+    shape, tile, defines = _fold_kernel(ring, slot_bytes, in_place)
+    kernel = _cuda_loader.load("ring_fold", defines, ring.device)
     size = SIZES[shape.state_dtype]
     rows = shape.V if shape.layout == "vk" else shape.K
     strides = [shape.HV * shape.K * shape.V * size, shape.K * shape.V * size, shape.K * shape.V // rows * size]
@@ -258,6 +257,14 @@ def _make_fold(ring: Ring, slot_bytes: int, in_place: bool) -> Fold:
     launch = recurrent.Launch(kernel, _blocks(shape, tile), (tile.threads, 1, 1))
     fold = ring.folds[slot_bytes, in_place] = Fold(launch, arguments, _shared(shape, tile, "ring_fold", 0))
     return fold
+
+
+def _fold_kernel(
+    ring: Ring, slot_bytes: int, in_place: bool
+) -> tuple[Shape, recurrent.Tile, dict[str, _cuda_loader.Define]]:
+    shape = Shape(ring.H, ring.HV, ring.K, ring.V, ring.layout, ring.pool.dtype.name, ring.entries)
+    tile = pick_tile(shape, "ring_fold", 1 << 20, 1)
+    return shape, tile, _fold_defines(shape, tile, slot_bytes, in_place)
 
 
 def forget(ring: Ring, slots: Any) -> None:
@@ -314,6 +321,18 @@ def specializations(spec: Spec, gpu: _cuda_loader.Gpu) -> list[tuple[str, dict[s
         jobs.append(("ring_fold", _fold_defines(shape, tile, slot_bytes, in_place)))
     jobs += [("ring_commit", {"GDR_SLOTS": slots, "GDR_ACCEPTED": accepted}) for accepted in (0, 4, 8)]
     return jobs
+
+
+def kernel_of(call: Call, gpu: _cuda_loader.Gpu) -> tuple[str, dict[str, _cuda_loader.Define]]:
+    """The kernel that a call on a ring runs where its arrays are aligned."""
+    shape = _shape_of(call.spec, call.ring.entries)
+    stem, _, defines = _specialize(call.spec, shape, bool(call.draft), True, gpu)
+    return stem, defines
+
+
+def fold_of(call: Call) -> tuple[str, dict[str, _cuda_loader.Define]]:
+    """The kernel that folds what is pending before a call that goes on from the states."""
+    return "ring_fold", _fold_kernel(call.folds, recurrent.index_bytes(call.spec, "initial_slots"), True)[2]
 
 
 def _specialize(

@@ -10,6 +10,8 @@ from gdr import _backends, _cuda_loader
 from gdr._inputs import Call
 from gdr._spec import Spec
 
+Kernel = tuple[str, dict[str, _cuda_loader.Define]]
+
 
 def explain(function: Callable[..., Any], /, *args: Any, **kwargs: Any) -> str:
     """Say which kernels a call would run, and why; nothing is computed or changed.
@@ -54,16 +56,16 @@ def explain(function: Callable[..., Any], /, *args: Any, **kwargs: Any) -> str:
 def _lines(call: Call) -> list[str]:
     spec = call.spec
     backend = _backends.backend(spec)
-    kernels: list[tuple[str, dict[str, Any]]] = []
+    kernels: list[Kernel] = []
     scratch = []
     if backend == "cuda":
-        module, gpu = _backends.module(spec), _cuda_loader.describe_gpu(int(spec.device))
-        kernels = module.specializations(spec, gpu)
+        kernels = _kernels(call, _cuda_loader.describe_gpu(int(spec.device)))
         if spec.op == "chunk":
-            scratch = [f"scratch: {module.scratch(call)} bytes"]
+            scratch = [f"scratch: {_backends.module(spec).scratch(call)} bytes"]
     return [
         _problem(spec),
-        f"form: {_form(call, [stem for stem, _ in kernels])}",
+        f"form: {_form(call)}",
+        *(["first: what is pending in the ring is written into the states"] if call.folds else []),
         f"backend: {backend}, because {_reason(spec, backend)}",
         *(
             " ".join([f"kernel: {stem}", *(f"{name.removeprefix('GDR_')}={int(x)}" for name, x in defines.items())])
@@ -71,6 +73,16 @@ def _lines(call: Call) -> list[str]:
         ),
         *scratch,
     ]
+
+
+def _kernels(call: Call, gpu: _cuda_loader.Gpu) -> list[Kernel]:
+    """The kernels of a call on a GPU, in order."""
+    spec, rings = call.spec, _backends.ring_module(call.spec.device)
+    if call.ring is not None:
+        return [rings.kernel_of(call, gpu)]
+    before = [rings.fold_of(call)] if call.folds else []
+    flags = (call.batch_invariant, call.wide_range) if spec.op == "chunk" else ()
+    return [*before, *_backends.module(spec).specializations(spec, gpu, *flags)]
 
 
 def _reason(spec: Spec, backend: str) -> str:
@@ -97,11 +109,20 @@ def _problem(spec: Spec) -> str:
     )
 
 
-def _form(call: Call, stems: list[str]) -> str:
-    if call.spec.op == "gate":
+def _form(call: Call) -> str:
+    spec = call.spec
+    if spec.op == "gate":
         return "one pass over the logits"
-    if call.spec.op == "fused_recurrent":
+    if call.draft:
+        return "drafts, each after its parents; no state is written"
+    if call.ring is not None:
+        return f"one token; a state is written after {call.ring.capacity}"
+    if spec.op == "fused_recurrent":
         return "recurrent, token by token"
-    if any(stem.startswith("fused_recurrent") for stem in stems):
-        return "recurrent, token by token: the chunkwise kernels do not take this call, or would be slower"
-    return f"chunkwise, {call.chunk_size} tokens a chunk"
+    if _backends.backend(spec) != "cuda":
+        return f"chunkwise, {call.chunk_size} tokens a chunk"
+    module = _backends.module(spec)
+    chosen = module.choose(spec, _cuda_loader.describe_gpu(int(spec.device)), call.batch_invariant)
+    if isinstance(chosen, str):
+        return f"recurrent, token by token: {chosen}"
+    return f"chunkwise, {module.chunk_size(spec)} tokens a chunk"

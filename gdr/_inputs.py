@@ -57,6 +57,7 @@ class Call:
     final_slots: Any = None
     cu_seqlens: Any = None
     ring: Any = None  # the pool's `Ring`, where the writes are left to it
+    folds: Any = None  # the `Ring` whose pending tokens are written into the states first
     draft: Any = False  # nothing is committed: what the tokens would write is kept as drafts
     workspace: Any = None  # scratch that the caller lends
     parents: Any = None  # the draft before each draft, [N, T]; None for a chain

@@ -61,7 +61,8 @@ def chunk_gated_delta_rule(
     check : bool, optional
         Check the values of cu_seqlens.  None: on the host yes; on a device no, where it would synchronise.
     chunk_size : int, default 64
-        Most tokens a chunk; CPUs may take fewer (16), CUDA always takes 64.  Only rounding depends on it.
+        Most tokens a chunk; CPUs may take fewer (16), CUDA always takes 64, or 32 of float32.  Only rounding depends
+        on it.
     batch_invariant : bool, default False
         Make the bits of a sequence's result independent of the rest of the batch.
     wide_range : bool, default False
@@ -90,6 +91,9 @@ def chunk_gated_delta_rule(
     -----
     The WY form of Yang et al. (arXiv:2406.06484) with the decay of arXiv:2412.06464; keywords are
     flash-linear-attention's.  Decays enter as exponentials of differences, never of a positive number.
+
+    On CUDA, sequences of fewer than 32 tokens on average run token by token, which is then faster, unless
+    `batch_invariant` is set; `gdr.explain` tells.
 
     Examples
     --------

@@ -26,8 +26,6 @@ _FORMS = {op: _spec.Form(op, (*_spec.TOKENS, *_spec.RAW_GATES), _STATE_NAMES) fo
 
 _anywhere = nullcontext()
 
-# Mean number of tokens a sequence from which prefill runs chunkwise.
-CHUNK_FROM = {"cpu": 16, "cuda": 32}
 # Tokens a slot that steps leave pending, by backend: what was fastest.  Numba's kernel has a state in the cache anyway.
 RING = {"numpy": 16, "numba": 0, "cuda": 0}
 MAX_RING = 256
@@ -378,7 +376,7 @@ class DeltaRuleState:
         tokens = q.shape[1] if getattr(q, "ndim", 0) == 4 else 0
         if cu_seqlens is not None and getattr(cu_seqlens, "ndim", 0) == 1:
             tokens /= max(1, len(cu_seqlens) - 1)
-        op = "chunk" if tokens >= CHUNK_FROM[self.device.partition(":")[0]] else "fused_recurrent"
+        op = "chunk" if tokens >= _backends.CHUNK_FROM[self.device.partition(":")[0]] else "fused_recurrent"
         return self._run(op, q, k, v, a, b, slots, cu_seqlens, out, workspace=workspace)
 
     def verify(
@@ -607,8 +605,10 @@ class DeltaRuleState:
             call.draft, call.parents = draft, self._place(parents) if isinstance(parents, np.ndarray) else parents
             if draft or (self.ring and _is_step(call.spec)):
                 call.ring = self._make_ring()
-            elif self._ring is not None and not _backends.is_planning():
-                self._on_ring("fold", call.initial_slots)
+            elif self._ring is not None:
+                call.folds = self._ring
+                if not _backends.is_planning():
+                    self._on_ring("fold", call.initial_slots)
             _backends.run(call)
         return call.library.release(call.out) if out is None else out
 

@@ -60,7 +60,8 @@ def test_accuracy(dtype: str, gates: str) -> None:
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 @pytest.mark.parametrize("T", [1, 2, 15, 16, 17, 31, 33, 63, 64, 65, 127, 128, 129, 200, 1000])
 def test_lengths(T: int, dtype: str) -> None:
-    assert_chunk(make_inputs(B=1, T=T, H=1, HV=2, K=128, V=128, dtype=dtype, seed=T))
+    x = make_inputs(B=1, T=T, H=1, HV=2, K=128, V=128, dtype=dtype, seed=T)
+    assert_chunk(x, batch_invariant=T < 32)  # which leaves no choice
 
 
 @pytest.mark.parametrize("lengths", [[0, 1, 63, 0, 65, 64, 200, 0], [130], [3] * 70, [0, 1], [64, 128, 64]])
@@ -68,7 +69,7 @@ def test_lengths(T: int, dtype: str) -> None:
 @pytest.mark.parametrize("layout", ["kv", "vk"])
 def test_packed_sequences(lengths: list[int], layout: str, dtype: str) -> None:
     x = make_inputs(lengths=lengths, H=1, HV=3, K=64, V=64, dtype=dtype, layout=layout)
-    assert_chunk(x, state_layout=layout)
+    assert_chunk(x, state_layout=layout, batch_invariant=max(lengths) < 32)
 
 
 @pytest.mark.parametrize("K", [32, 64, 96, 100, 128, 192, 256])

@@ -14,16 +14,23 @@ from places import assert_same_bits, given
 from test_cuda_ring import Pool as RingPool
 
 import gdr
+from gdr import _backends, _inputs, reference
 from gdr import _cuda_chunk as cuda_chunk
 from gdr import _cuda_chunk_f32 as cuda_chunk_f32
+from gdr import _cuda_loader as loader
 from gdr import _cuda_ring as cuda_ring
-from gdr import _inputs, reference
+from gdr._spec import OPERANDS, RAW_GATES, TOKENS, Form
+from gdr._warmup import make_spec
 from gdr.testing import Inputs, assert_close, make_inputs
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(COMPILER is None, reason="no g++")]
 
 RTOL_O = {"float32": 2e-6, "float16": 1e-3, "bfloat16": 2.5e-3}
 RTOL_F32 = 4e-6  # of the chunkwise form in float32, outputs and states
+
+
+class Ring(RingPool):
+    put = staticmethod(lambda x: on_device(np.ascontiguousarray(x)))
 
 
 @pytest.fixture(scope="session")
@@ -149,6 +156,72 @@ def test_workspace(device: None) -> None:
             chunk(*given(x), workspace=wrong)
 
 
+def test_explain_knows_the_flags_of_a_call(device: None) -> None:
+    x = to_device(make_inputs(B=1, T=64 * 200, H=1, HV=1, K=128, V=128, dtype="bfloat16"))
+    text = gdr.explain(gdr.chunk_gated_delta_rule, *given(x))
+    assert "form: chunkwise, 64 tokens a chunk" in text
+    assert "kernel: chunk_combine" in text
+    assert "WIDE=0" in text
+    text = gdr.explain(gdr.chunk_gated_delta_rule, *given(x), batch_invariant=True, wide_range=True)
+    assert "kernel: chunk_state" in text
+    assert "chunk_combine" not in text
+    assert "WIDE=1" in text
+    assert "WIDE=0" not in text
+
+
+@pytest.mark.parametrize(
+    ("changes", "form"),
+    [
+        ({}, "chunkwise, 32 tokens a chunk"),
+        ({"T": 31}, "recurrent, token by token: sequences of fewer than 32 tokens are done sooner so"),
+        ({"V": 20}, "recurrent, token by token: chunks need V to be a multiple of 16, and it is 20"),
+        ({"B": 0}, "recurrent, token by token: there are no states"),
+    ],
+)
+def test_explain_says_why_no_chunks(device: None, changes: dict[str, int], form: str) -> None:
+    x = to_device(make_inputs(**({"B": 2, "T": 32, "H": 1, "HV": 1, "K": 32, "V": 32} | changes), dtype="float32"))
+    text = gdr.explain(gdr.chunk_gated_delta_rule, *given(x))
+    assert f"form: {form}\n" in text
+    assert ("kernel: fused_recurrent_kv" in text) == form.startswith("recurrent")
+    assert ("kernel: chunk_prepare_f32" in text) == form.startswith("chunkwise")
+
+
+@pytest.mark.parametrize(
+    ("K", "card", "reason"),
+    [
+        (32, (75, 64 << 10), "chunks need compute capability 8.0, and this GPU has 7.5"),
+        (256, (89, 99 << 10), "chunks of K=256 need more shared memory than a block of this GPU has"),
+    ],
+)
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+def test_chunks_that_a_gpu_has_no_room_for(dtype: str, K: int, card: tuple[int, int], reason: str) -> None:
+    spec = make_spec("chunk", B=1, T=100, H=1, HV=1, K=K, V=32, dtype=dtype)
+    assert cuda_chunk.choose(spec, loader.Gpu(card[0], 60, card[1]), False) == reason
+
+
+def test_explain_names_the_kernels_of_a_ring(device: None) -> None:
+    pool = Ring(3, 1, 2, 64, 64, dtype="float32", capacity=5)
+
+    def call(T: int, **fields: Any) -> None:
+        there = {name: pool.put(x) for name, x in pool.tokens(1, T).items()} | pool.gates
+        slots = pool.put(np.zeros(1, np.int32))
+        states = {"initial_state": pool.pool, "initial_slots": slots, "final_state": pool.pool, "final_slots": slots}
+        form = Form("fused_recurrent", (*TOKENS, *RAW_GATES))
+        call = _inputs.prepare(form, tuple(map((there | states).get, OPERANDS)), l2norm=True, layout="vk")
+        for name, value in fields.items():
+            setattr(call, name, value)
+        _backends.run(call)
+
+    step, drafts, prompt = (
+        gdr.explain(call, T, **fields)
+        for T, fields in ((1, {"ring": pool.ring}), (4, {"ring": pool.ring, "draft": True}), (9, {"folds": pool.ring}))
+    )
+    assert re.findall(r"kernel: (\w+)", step) == ["ring_step"]
+    assert "form: one token; a state is written after 5\n" in step
+    assert re.findall(r"kernel: (\w+)", drafts) == ["ring_verify"]
+    assert re.findall(r"kernel: (\w+)", prompt) == ["ring_fold", "fused_recurrent_vk"]
+
+
 @pytest.mark.parametrize(("columns", "K"), [(64, 64), (128, 128)])
 def test_segments(columns: int, K: int, device: None, monkeypatch: pytest.MonkeyPatch) -> None:
     cut = cuda_chunk.Cut(cuda_chunk.Tile(columns, 1, 3, True), 1)
@@ -230,10 +303,6 @@ def test_gate(device: None) -> None:
     want = reference.gated_delta_rule_gate(x.A_log, x.a, x.dt_bias, x.b)
     for name, y, expected in zip(("g", "beta"), got, want):
         assert_close(host(y), expected, rtol=1e-6, name=name)
-
-
-class Ring(RingPool):
-    put = staticmethod(lambda x: on_device(np.ascontiguousarray(x)))
 
 
 # Kernels in float32 arithmetic and on tensor cores, of states of both widths and both layouts.

@@ -35,6 +35,19 @@ def test_prefill_says_which_form_it_chooses(T, form):
     assert state.read(slots).any()
 
 
+def test_a_pool_with_a_ring_says_when_states_are_written(monkeypatch):
+    monkeypatch.setenv("GDR_CPU", "numpy")
+    x = gdr.testing.make_inputs(B=1, T=1, H=2, HV=4, K=8, V=8, dtype="float32")
+    state = gdr.DeltaRuleState(2, 4, 8, 8, num_k_heads=2, A_log=x.A_log, ring=5)
+    tokens = (x.q, x.k, x.v, x.a, x.b, state.alloc(1))
+    assert "form: one token; a state is written after 5\n" in gdr.explain(state.step, *tokens)
+    assert "form: drafts, each after its parents; no state is written\n" in gdr.explain(state.verify, *tokens)
+    state.step(*tokens)
+    text = gdr.explain(state.prefill, *(np.repeat(y, 40, axis=1) for y in tokens[:5]), tokens[5])
+    assert "form: chunkwise" in text
+    assert "first: what is pending in the ring is written into the states\n" in text
+
+
 def test_a_wrong_call_is_refused_as_ever():
     x = gdr.testing.make_inputs(B=1, T=4, H=2, HV=4, K=8, V=8)
     with pytest.raises(ValueError, match=r"^beta: "):

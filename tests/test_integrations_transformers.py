@@ -147,7 +147,7 @@ def test_logits_are_those_of_the_unpatched_model(model, calls, B, T):
     assert calls == []
     with patched(model):
         got = model(ids).logits
-    threshold = gdr.state.CHUNK_FROM[model.device.type]
+    threshold = gdr._backends.CHUNK_FROM[model.device.type]
     assert calls == [("chunk" if threshold <= T else "fused_recurrent", B, T)] * LINEAR
     assert_near(got, want)
 

@@ -26,7 +26,6 @@ from gdr._spec import GIVEN_GATES, TOKENS, Form
 from gdr.chunk import chunk_gated_delta_rule
 from gdr.fused_recurrent import fused_recurrent_gated_delta_rule
 from gdr.integrations._torch import refuse_grad, with_unit_rows
-from gdr.state import CHUNK_FROM
 
 FIRST_VERSION, LAST_VERSION = (4, 57), (5, 24)
 LAYERS = ("Qwen3NextGatedDeltaNet", "Qwen3_5GatedDeltaNet", "Qwen3_5MoeGatedDeltaNet")
@@ -209,7 +208,7 @@ def _chunk(
     **_: Any,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     operands = _checked(query, key, value, g, beta, cu_seqlens)
-    short = query.shape[1] < CHUNK_FROM["cuda" if query.is_cuda else "cpu"]
+    short = query.shape[1] < _backends.CHUNK_FROM["cuda" if query.is_cuda else "cpu"]
     rule: Callable[..., Any] = fused_recurrent_gated_delta_rule if short else chunk_gated_delta_rule
     return rule(
         *operands,
