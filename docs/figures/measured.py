@@ -2,7 +2,8 @@
 
 ``numerics-*.json`` are written by docs/measure_numerics.py, ``deferral-*.json`` by docs/measure_deferral.py,
 ``reliability-*.json`` by docs/measure_reliability.py.  ``performance-*.json`` hold rows with a ``suite``, a
-``case``, an ``impl`` and its time (``us`` or ``ms``), and the ``device`` they were taken on.
+``case``, an ``impl`` and its time (``us`` or ``ms``), and the ``device`` they were taken on; a suite whose rows have a
+``T`` is drawn as time against length (docs/measure_prefill.py).
 """
 
 from __future__ import annotations
@@ -32,7 +33,8 @@ def figures() -> dict[str, Figure]:
     drawn |= {name: _deferral(data) for name, data in _load("deferral-*.json").items()}
     for name, data in _load("performance-*.json").items():
         for suite, rows in _suites(data).items():
-            drawn[f"{name}-{suite}"] = _performance(rows)
+            if suite != "host":
+                drawn[f"{name}-{suite}"] = _sweep(rows) if "T" in rows[0] else _performance(rows)
     return drawn
 
 
@@ -98,11 +100,17 @@ def page() -> str:
         if data.get("note"):
             parts.append(f"{data['note']}\n")
         parts.append(f"{_provenance(data)}\n")
-        parts += [
-            f"### {suite.capitalize()}\n\n```{{figure}} /_build/figures/{name}-{suite}.svg\n"
-            f":alt: Times of gdr and its peers, {suite}, {data['device']}\n```\n"
-            for suite in _suites(data)
-        ]
+        for suite, rows in _suites(data).items():
+            if suite == "host":
+                parts.append(_host_table(rows))
+                continue
+            what = "Time against length" if "T" in rows[0] else suite.capitalize()
+            parts.append(
+                f"### {what}\n\n```{{figure}} /_build/figures/{name}-{suite}.svg\n"
+                f":alt: Times of gdr and its peers, {suite}, {data['device']}\n```\n"
+            )
+            if "T" in rows[0]:
+                parts.append(_invariance_table(rows))
     return "\n".join(parts) or "No measurement has been committed yet.\n"
 
 
@@ -154,6 +162,66 @@ def _deferral(data: dict[str, Any]) -> Figure:
         axis.grid(alpha=0.3)
     axes[0].set_ylabel("relative RMS error of the state")
     axes[-1].legend(frameon=False, fontsize=8, loc="center", bbox_to_anchor=(0.5, 0.38))
+    return figure
+
+
+CHUNKWISE, CHOSEN, INVARIANT = "gdr chunkwise", "gdr prefill", "gdr batch_invariant=True"
+
+
+def _host_table(rows: list[dict[str, Any]]) -> str:
+    lines = "".join(f"| {row['case']} | {_time(row['us'])} |\n" for row in rows)
+    return f"### Cost of a call to the host\n\n| | |\n|---|---:|\n{lines}"
+
+
+def _invariance_table(rows: list[dict[str, Any]]) -> str:
+    """How much longer calls take with batch_invariant=True, by case and length."""
+    times = {(row["case"], row["T"], row["impl"]): row["us"] for row in rows}
+    lengths = sorted({T for _, T, impl in times if impl == INVARIANT})
+    if not lengths:
+        return ""
+    table = [["tokens", *map(_thousands, lengths)], ["---", *["---:"] * len(lengths)]]
+    for case in dict.fromkeys(row["case"] for row in rows):
+        pairs = [(times.get((case, T, INVARIANT)), times.get((case, T, CHUNKWISE))) for T in lengths]
+        table.append([case, *(f"{x / y:.2f}" if x and y else "" for x, y in pairs)])
+    lines = "".join(f"| {' | '.join(row)} |\n" for row in table)
+    return f"Time with `batch_invariant=True`, relative to without:\n\n{lines}"
+
+
+def _sweep(rows: list[dict[str, Any]]) -> Figure:
+    """Time against length, a panel for each case; dots for what is chosen."""
+    cases = list(dict.fromkeys(row["case"] for row in rows))
+    impls = list(dict.fromkeys(row["impl"] for row in rows))
+    peers = iter(COLORS * 3)
+    styles: dict[str, dict[str, Any]] = {
+        CHUNKWISE: {"color": BLUE},
+        "gdr recurrent": {"color": "#6baed6", "linestyle": "--"},
+        INVARIANT: {"color": BLUE, "linestyle": ":"},
+        CHOSEN: {"color": "0.1", "linestyle": "", "marker": "o", "markersize": 3},
+    }
+    styles |= {impl: {"color": next(peers), "linewidth": 1} for impl in impls if impl not in styles}
+    down = -(-len(cases) // 2)
+    figure = Figure(figsize=(9, 3.4 * down + 0.6), layout="constrained")
+    panels = figure.subplots(down, 2, sharex=True, sharey=True, squeeze=False).flat
+    for axis, case in zip(panels, cases):
+        for impl in impls:
+            points = sorted((row["T"], row["us"]) for row in rows if (row["case"], row["impl"]) == (case, impl))
+            if points:
+                axis.plot(*zip(*points), **styles[impl], label=impl)
+        axis.set(title=case, xscale="log", yscale="log")
+        axis.grid(alpha=0.3)
+    for axis in figure.axes[-2:]:
+        axis.set_xlabel("tokens of the sequence")
+    for axis in figure.axes[::2]:
+        axis.set_ylabel("microseconds")
+    handles = {label: line for axis in figure.axes for line, label in zip(*axis.get_legend_handles_labels())}
+    figure.legend(
+        handles.values(),
+        handles.keys(),
+        frameon=False,
+        fontsize=9,
+        loc="outside upper center",
+        ncols=min(4, len(handles)),
+    )
     return figure
 
 
