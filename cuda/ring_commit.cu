@@ -1,5 +1,6 @@
 // Makes the accepted drafts of sequences pending entries, those on the path to one of them, and drops the others.
 //
+// launch: dependent
 //   GDR_SLOTS, GDR_ACCEPTED   bytes of an index, of a number in `accepted` (0: none is accepted)
 #include "gdr/ptx.cuh"
 
@@ -44,38 +45,52 @@ __device__ __forceinline__ void move_bytes(char* rows, u32 bytes, u32 base, cons
     else move_halves(reinterpret_cast<u16*>(rows), bytes / 2, base, path, count);
 }
 
+// Whether drafts 0 .. count - 1 of a slot follow one another.
+__device__ __forceinline__ bool is_chain(const uint4& parents, int count) {
+    const u32 each[4] = {parents.x ^ 0x020100ffu, parents.y ^ 0x06050403u, parents.z ^ 0x0a090807u,
+                         parents.w ^ 0x0e0d0c0bu};
+    u32 others = 0;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+        const int bytes = count - 4 * i;
+        if (bytes > 0) others |= bytes < 4 ? each[i] << (32 - 8 * bytes) : each[i];
+    }
+    return others == 0;
+}
+
 }  // namespace
 
 extern "C" __global__ void __launch_bounds__(kThreads, 8) ring_commit(const __grid_constant__ CommitParams p) {
-    __shared__ int path[kMost];
-    __shared__ int accepted, moved;
+    __shared__ int path[kMost], on_path;
     __shared__ union {
         uint4 words;
         signed char each[kMost];
-    } parents;
+    } shared;
     const u32 n = blockIdx.x;
+    ptx::let_kernel_behind_start();
+    ptx::wait_for_kernels_ahead();
     const i64 slot = number<GDR_SLOTS>(p.slots, n);
     i64 wanted = 0;
     if constexpr (GDR_ACCEPTED != 0) wanted = number<GDR_ACCEPTED>(p.accepted, n);
     if (slot < 0 || slot >= p.num_slots) return;
     u32* const fill = p.fills + slot * 2;
     const u32 word = *fill;
+    const uint4 parents = *reinterpret_cast<const uint4*>(p.draft_parents + slot * kMost);
     const u32 pending = min(word & 0xff, p.entries), half = word >> 24 & 1;
     const int drafts = static_cast<int>(min(min(word >> 16 & 0xff, p.entries - pending), u32{kMost}));
-    if (threadIdx.x == 0) {
-        parents.words = *reinterpret_cast<const uint4*>(p.draft_parents + slot * kMost);
-        int count = 0, others = 0;
-        if constexpr (GDR_ACCEPTED != 0) {
-            const int last = static_cast<int>(max(min(wanted, i64{drafts}), 0ll)) - 1;
-            for (int draft = last; draft >= 0; draft = parents.each[draft]) ++count;
-            for (int draft = last, i = count - 1; i >= 0; draft = parents.each[draft], --i) path[i] = draft;
-            others = count <= last;  // a path that leaves none out is a chain
+    int count = static_cast<int>(max(min(wanted, i64{drafts}), 0ll));
+    // A chain stays where it is. (Once it counts, other threads find no drafts: for them, too, there is nothing to move.)
+    if (!is_chain(parents, count)) {
+        if (threadIdx.x == 0) {
+            shared.words = parents;
+            const int last = count - 1;
+            count = 0;
+            for (int draft = last; draft >= 0; draft = shared.each[draft]) ++count;
+            for (int draft = last, i = count - 1; i >= 0; draft = shared.each[draft], --i) path[i] = draft;
+            on_path = count;
         }
-        accepted = count, moved = others;
-    }
-    __syncthreads();
-    const int count = accepted;
-    if (moved) {
+        __syncthreads();
+        count = on_path;
         for (u32 h = 0; h < p.H; ++h)
             move_bytes(p.keys + (slot * p.H + h) * p.entries * p.key_bytes, p.key_bytes, pending, path, count);
         for (u32 hv = 0; hv < p.HV; ++hv)

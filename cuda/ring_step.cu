@@ -1,5 +1,6 @@
 // One token of each sequence of a pool with deferred write-back.
 // options: -fmad=false
+// launch: dependent
 //
 // With h_0 the state in memory, d the decay over all pending entries and this token, and w_j what is left of entry j:
 //     u = beta (v - d h_0^T k - sum_j w_j (k_j . k) u_j)
@@ -42,6 +43,9 @@ extern "C" __global__ void __launch_bounds__(kThreads, GDR_MIN_BLOCKS) ring_step
     const int own = tile.own(), place = place_of(own), half = tile.part % 2;
     const bool exists = kV % kRows == 0 || first_row + own < kV;
 
+    ptx::let_kernel_behind_start();
+    if constexpr (kPrefetches) prefetch(p, block);
+    ptx::wait_for_kernels_ahead();
     // Every load is issued before anything waits for one.
     const Rows rows(p.call, block.n);
     LaneToken::Words words;

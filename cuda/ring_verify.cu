@@ -1,6 +1,7 @@
 // Several tokens of each sequence of a pool with deferred write-back, as drafts: the state is read once and they become
 // entries that a commit may keep. Drafts form a tree; a draft sees the pending entries and the drafts on its path.
 // options: -fmad=false
+// launch: dependent
 //
 // With h the state with all pending entries, and D_t the decay along the path to draft t:
 //     u_t = beta_t (v_t - D_t h^T k_t - sum_s D_st (k_s . k_t) u_s)      over the drafts s before t on its path
@@ -121,6 +122,9 @@ extern "C" __global__ void __launch_bounds__(kThreads, GDR_MIN_BLOCKS)
     StateTile tile;
     const int own = tile.own(), place = place_of(own);
 
+    ptx::let_kernel_behind_start();
+    if constexpr (kPrefetches) prefetch(p, block);
+    ptx::wait_for_kernels_ahead();
     const Rows rows(p.call, block.n);
     LaneToken::Words words[kTokenPasses];
     GateBits gates[kTokenPasses];

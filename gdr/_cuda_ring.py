@@ -7,7 +7,6 @@ state, so every function here can be captured in a graph.  See ``cuda/include/gd
 from __future__ import annotations
 
 import struct
-from functools import cache
 from typing import Any, NamedTuple
 
 from gdr import _arrays, _cuda_loader, _cuda_state
@@ -25,8 +24,11 @@ _LAYOUT = recurrent.LAYOUT + "0Q" + _ARRAYS.format
 _ARRAYS_AT = struct.calcsize(recurrent.LAYOUT + "0Q")
 _COMMIT = "8Q q 5I"
 PARAMS = {
-    **dict.fromkeys(("ring_step", "ring_verify", "ring_mma", "ring_fold"), _cuda_loader.Params(_LAYOUT)),
+    **dict.fromkeys(
+        ("ring_step", "ring_step_mma", "ring_verify", "ring_verify_mma", "ring_fold"), _cuda_loader.Params(_LAYOUT)
+    ),
     "ring_commit": _cuda_loader.Params(_COMMIT),
+    "ring_reset": _cuda_loader.Params("4Q q 2I"),
 }
 
 
@@ -158,7 +160,7 @@ def _run(call: Call) -> None:
     scalars = (call.scale, call.softplus_beta, 1 / call.softplus_beta, call.softplus_threshold)
     parents = None if call.parents is None else _dense(call.parents)
     tree = (0, 0) if parents is None else (_pointer(parents), parents.dtype.itemsize)
-    aligned = not (q | k) & 15
+    aligned = not (q | k | v) & 15
     launch, shared = plan.launches.get((aligned, ring.entries)) or plan.launch(aligned, ring.entries)
     stream = call.stream
     for first in range(0, spec.N, recurrent.LARGEST_GRID):
@@ -269,43 +271,28 @@ def _fold_kernel(
 
 def forget(ring: Ring, slots: Any) -> None:
     """Drop the pending tokens and the drafts of slots, whose states are about to be overwritten."""
-    if len(slots):
-        _kernels()["forget"](_arrays_of(slots), ring.pool.shape[0], ring.fills)
+    _reset(ring, slots, None)
 
 
 def copy(ring: Ring, sources: Any, targets: Any) -> None:
     """Copy states and pending tokens from slots to slots, bit for bit; the targets have no drafts."""
     for array in (ring.pool, ring.keys, ring.updates, ring.gates, ring.key_scales):
         _cuda_state.scatter(array, targets, _cuda_state.gather(array, sources))
-    if len(sources):
-        _kernels()["copy_fill"](_arrays_of(sources), _arrays_of(targets), ring.pool.shape[0], ring.fills)
+    _reset(ring, targets, sources)
 
 
-def _arrays_of(slots: Any) -> Any:
-    import cupy
-
-    return cupy.asarray(slots)
-
-
-@cache
-def _kernels() -> dict[str, Any]:
-    import cupy
-
-    return {
-        "forget": cupy.ElementwiseKernel(
-            "S slot, int64 num_slots",
-            "raw uint32 fills",
-            "if (slot >= 0 && slot < num_slots) fills[2 * (long long)slot] = 0;",
-            "gdr_ring_forget",
-        ),
-        "copy_fill": cupy.ElementwiseKernel(
-            "S source, R target, int64 num_slots",
-            "raw uint32 fills",
-            "if (source >= 0 && source < num_slots && target >= 0 && target < num_slots) "
-            "fills[2 * (long long)target] = fills[2 * (long long)source] & 0xff00ffffu;",
-            "gdr_ring_copy_fill",
-        ),
+def _reset(ring: Ring, slots: Any, sources: Any) -> None:
+    slots, sources = _dense(slots), None if sources is None else _dense(sources)
+    defines: dict[str, _cuda_loader.Define] = {
+        "GDR_SLOTS": slots.dtype.itemsize,
+        "GDR_SOURCES": 0 if sources is None else sources.dtype.itemsize,
     }
+    kernel = _cuda_loader.load("ring_reset", defines, ring.device)
+    arguments, N = PARAMS["ring_reset"], len(slots)
+    *_, fills, arrivals, _ = ring.pointers
+    named = _pointer(slots), 0 if sources is None else _pointer(sources)
+    arguments.pack(*named, fills, arrivals, ring.pool.shape[0], N, ring.H)
+    kernel.launch((-(-N // 128), 1, 1), (128, 1, 1), arguments, _stream(ring, slots))
 
 
 def specializations(spec: Spec, gpu: _cuda_loader.Gpu) -> list[tuple[str, dict[str, _cuda_loader.Define]]]:
@@ -320,6 +307,7 @@ def specializations(spec: Spec, gpu: _cuda_loader.Gpu) -> list[tuple[str, dict[s
     for slot_bytes, in_place in ((slots, True), (slots, False), (0, True)):
         jobs.append(("ring_fold", _fold_defines(shape, tile, slot_bytes, in_place)))
     jobs += [("ring_commit", {"GDR_SLOTS": slots, "GDR_ACCEPTED": accepted}) for accepted in (0, 4, 8)]
+    jobs += [("ring_reset", {"GDR_SLOTS": slots, "GDR_SOURCES": sources}) for sources in (0, slots)]
     return jobs
 
 
@@ -339,16 +327,22 @@ def _specialize(
     spec: Spec, shape: Shape, draft: bool, aligned: bool, gpu: _cuda_loader.Gpu
 ) -> tuple[str, recurrent.Tile, dict[str, _cuda_loader.Define]]:
     """Kernel, tile and definitions of a step or a verification."""
-    stem = "ring_mma" if _on_tensor_cores(spec, shape, draft, gpu) else "ring_verify" if draft else "ring_step"
-    if stem == "ring_mma":
-        tile = _pick_mma_tile(shape, spec.T, draft)
+    stem = "ring_verify" if draft else "ring_step"
+    if _on_tensor_cores(spec, shape, draft, gpu):
+        stem += "_mma"
+        tile = _pick_mma_tile(shape, spec, draft, gpu.multiprocessors)
+        whole = all(recurrent.whole_chunks(spec, name, 8) for name in ("v", "out"))
+        tile.defines["GDR_ALIGNED_VALUES"] = aligned and whole
     else:
         tile = pick_tile(shape, stem, spec.N, gpu.multiprocessors)
-    return stem, tile, _defines(spec, shape, tile, not draft, aligned)
+    defines = _defines(spec, shape, tile, not draft, aligned)
+    # While they wait for what is ahead: as long as all blocks are on the multiprocessors at once.
+    blocks = spec.N * spec.H * _blocks(shape, tile)
+    return stem, tile, {**defines, "GDR_PREFETCH": gpu.capability >= 90 and blocks <= 4 * gpu.multiprocessors}
 
 
 def _on_tensor_cores(spec: Spec, shape: Shape, draft: bool, gpu: _cuda_loader.Gpu) -> bool:
-    """Whether ring_mma is made for a call.  A step of float32 states is not left to it: its sums are less exact."""
+    """Whether tensor cores do a call.  A step of float32 states is not left to them: its sums would be less exact."""
     wide = shape.state_dtype == "float32"
     return (
         gpu.capability >= 80
@@ -362,16 +356,22 @@ def _on_tensor_cores(spec: Spec, shape: Shape, draft: bool, gpu: _cuda_loader.Gp
     )
 
 
-def _pick_mma_tile(shape: Shape, T: int, draft: bool) -> recurrent.Tile:
-    """Choose how many times 16 value columns each warp of a block owns."""
-    warps, tiles = 4, 1 if draft or shape.K > 128 or shape.V < 128 else 2
+def _pick_mma_tile(shape: Shape, spec: Spec, draft: bool, multiprocessors: int) -> recurrent.Tile:
+    """Choose how many value columns each of the four warps of a block owns: few where the batch is small."""
+    columns = 16 if draft or shape.K > 128 or shape.V < 128 else 32
+    blocks = spec.N * shape.HV * -(-shape.V // (2 * columns))  # with half as many, which is twice as many blocks
+    least, room = (8, multiprocessors) if draft else (16, 4 * multiprocessors)
+    if columns > least and blocks <= room:
+        columns //= 2
+    wide = shape.state_dtype == "float32"
     defines: dict[str, _cuda_loader.Define] = {
-        "GDR_DRAFTS": 4 if T <= 4 else 8 if T <= 8 else 16,
-        "GDR_ROWS": 16 * tiles // (32 // _lanes(shape)),
-        "GDR_WARPS": warps,
-        "GDR_MIN_BLOCKS": 2 if T > 8 and shape.state_dtype == "float32" else 4 if shape.K <= 128 else 3,
+        "GDR_ROWS": columns // (32 // _lanes(shape)),
+        "GDR_WARPS": 4,
+        "GDR_MIN_BLOCKS": 2 if wide and spec.T > 8 else 4 if shape.K <= 128 and spec.T <= 8 else 3,
     }
-    return recurrent.Tile(defines, 32 * warps, 16 * tiles * warps)
+    if draft:
+        defines["GDR_DRAFTS"] = 8 if spec.T <= 8 else 16
+    return recurrent.Tile(defines, 128, 4 * columns)
 
 
 def pick_tile(shape: Shape, stem: str, sequences: int, multiprocessors: int) -> recurrent.Tile:
@@ -466,6 +466,7 @@ def _state_defines(shape: Shape, tile: recurrent.Tile) -> dict[str, _cuda_loader
         "GDR_DENSE_STATES": True,
         "GDR_LAYOUT_VK": shape.layout == "vk",
         "GDR_ENTRIES": shape.entries,
+        "GDR_PREFETCH": False,
         **tile.defines,
     }
 

@@ -115,9 +115,11 @@ class Kernel:
 
 
 @contextmanager
-def gpu(monkeypatch: pytest.MonkeyPatch, directory: Path, capability: int = 90) -> Iterator[None]:
+def gpu(
+    monkeypatch: pytest.MonkeyPatch, directory: Path, capability: int = 90, multiprocessors: int = 132
+) -> Iterator[None]:
     """Let calls with `DeviceArray`s run on an emulated GPU of a compute capability."""
-    card = loader.Gpu(capability, 132, {80: 163 << 10, 90: 227 << 10}[capability])
+    card = loader.Gpu(capability, multiprocessors, {80: 163 << 10, 90: 227 << 10}[capability])
 
     def load(stem: str, defines: Mapping[str, loader.Define], device: int) -> Kernel:
         return Kernel(stem, _build(stem, tuple(sorted(defines.items())), directory))

@@ -305,7 +305,9 @@ def test_gate(device: None) -> None:
         assert_close(host(y), expected, rtol=1e-6, name=name)
 
 
-# Kernels in float32 arithmetic and on tensor cores, of states of both widths and both layouts.
+# Kernels in float32 arithmetic and on tensor cores, of states of both widths and both layouts, with the tiles of a GPU
+# that the batch leaves idle and of one that it fills.
+@pytest.mark.parametrize("multiprocessors", [132, 1])
 @pytest.mark.parametrize(
     ("layout", "dtype", "state_dtype"),
     [
@@ -317,20 +319,62 @@ def test_gate(device: None) -> None:
         ("kv", "float32", "float16"),
     ],
 )
-def test_rings(device: None, layout: str, dtype: str, state_dtype: str) -> None:
-    pool = Ring(3, 1, 2, 64, 80, layout=layout, dtype=dtype, state_dtype=state_dtype, capacity=5, stagger=True)
-    for slots in ([0, 1, 2], [2, -1, 0], [2, 3], [0, 1, 2], [2], [1, 0], [2, 0]):
-        pool.run(slots)
-    pool.check()
-    for T, accepted in ((3, [1, 3, 0]), (8, [8, 5, 1]), (16, [0, 9, 16]), (5, [5, 2, 4])):
-        slots = pool.rng.permutation(3)
-        parents = np.array([[int(pool.rng.integers(-1, t)) if t else -1 for t in range(T)] for _ in slots])
-        pool.run(slots, T, parents if T % 2 else None, draft=True)
+def test_rings(
+    multiprocessors: int,
+    layout: str,
+    dtype: str,
+    state_dtype: str,
+    monkeypatch: pytest.MonkeyPatch,
+    directory: Path,
+) -> None:
+    with gpu(monkeypatch, directory, multiprocessors=multiprocessors):
+        pool = Ring(3, 1, 2, 64, 80, layout=layout, dtype=dtype, state_dtype=state_dtype, capacity=5, stagger=True)
+        for slots in ([0, 1, 2], [2, -1, 0], [2, 3], [0, 1, 2], [2], [1, 0], [2, 0]):
+            pool.run(slots)
         pool.check()
-        pool.commit(slots, accepted)
+        for T, accepted in ((3, [1, 3, 0]), (8, [8, 5, 1]), (16, [0, 9, 16]), (5, [5, 2, 4])):
+            slots = pool.rng.permutation(3)
+            parents = np.array([[int(pool.rng.integers(-1, t)) if t else -1 for t in range(T)] for _ in slots])
+            pool.run(slots, T, parents if T % 2 else None, draft=True)
+            pool.check()
+            pool.commit(slots, accepted)
+            pool.check()
+            pool.run(slots[:2])
+        cuda_ring.fold(pool.ring, pool.put(np.array([1, 3])))
         pool.check()
-        pool.run(slots[:2])
-    cuda_ring.fold(pool.ring, pool.put(np.array([1, 3])))
-    pool.check()
-    cuda_ring.fold(pool.ring)
+        cuda_ring.fold(pool.ring)
+        pool.check()
+
+
+@pytest.mark.parametrize("state_dtype", ["float32", "bfloat16"])
+def test_tiles_of_rings_do_not_show(state_dtype: str, monkeypatch: pytest.MonkeyPatch, directory: Path) -> None:
+    seen = []
+    for multiprocessors in (132, 1):
+        with gpu(monkeypatch, directory, multiprocessors=multiprocessors):
+            pool = Ring(2, 1, 1, 64, 128, state_dtype=state_dtype)
+            slots = pool.put(np.array([1, 0]))
+            outs = []
+            steps = [(8, [8, 5]), (3, [2, 3]), (16, [16, 1]), *[(1, None)] * 15, (4, [3, 4])]
+            for T, accepted in steps:
+                x = {name: pool.put(y) for name, y in pool.tokens(2, T).items()}
+                outs.append(host(pool.call(x, slots, draft=accepted is not None)).tobytes())
+                if accepted is not None:
+                    cuda_ring.commit(pool.ring, slots, pool.put(np.array(accepted)))
+            seen.append([*outs, host(cuda_ring.read(pool.ring, slots)).tobytes(), host(pool.pool).tobytes()])
+    assert seen[0] == seen[1]
+
+
+def test_a_slot_that_two_rows_named_is_as_good_as_new_once_it_is_overwritten(device: None) -> None:
+    pool = Ring(3, 1, 2, 64, 64)
+    pool.run([1, 2], 9, draft=True)
+    pool.commit([1, 2], [9, 4])
+    # What blocks of two rows, side by side, may leave: each waits to be the last of one row's.
+    pool.ring.fills[1, 1], pool.ring.arrivals[1] = 3, 1
+    cuda_ring.forget(pool.ring, pool.put(np.array([-1, 1, 3])))
+    assert not host(pool.ring.fills)[1].any()
+    assert not host(pool.ring.arrivals).any()
+    pool.states[1] = pool.as_kv(host(pool.pool))[1]
+    for _ in range(3):
+        pool.run([1, 2], 9, draft=True)  # folds, too
+        pool.commit([1, 2], [9, 4])
     pool.check()

@@ -10,13 +10,14 @@
 //   GDR_LAYOUT_VK     states are [slots, HV, V, K], else [slots, HV, K, V]
 //   GDR_ENTRIES       entries that a slot has room for
 //   GDR_ROWS, GDR_WARPS, GDR_MIN_BLOCKS   see StateTile
+//   GDR_PREFETCH      blocks fetch what they will read into L2 while kernels ahead still run
 #pragma once
 
 #include "gdr/recurrent.cuh"
 
 namespace gdr {
 
-constexpr bool kVk = GDR_LAYOUT_VK;
+constexpr bool kVk = GDR_LAYOUT_VK, kPrefetches = GDR_PREFETCH;
 constexpr int kEntries = GDR_ENTRIES;
 constexpr int kState = kInitial;
 constexpr int kMostDrafts = 16;
@@ -446,5 +447,36 @@ struct StateTile {
         else return reinterpret_cast<const u16*>(ptx::dynamic_shared())[index];
     }
 };
+
+// Bytes of a line of L2.
+constexpr int kLine = 128;
+
+__device__ __forceinline__ void prefetch_bytes(const char* from, int bytes) {
+    for (int at = threadIdx.x * kLine; at < bytes; at += kThreads * kLine) ptx::prefetch(from + at);
+}
+
+// Fetches into L2 what a block will read of its slot, while kernels ahead may still run: what is read here decides
+// nothing but that.
+__device__ __forceinline__ void prefetch(const RingParams& p, const Block<kBlocks>& block) {
+    i64 slot = block.n;
+    if constexpr (kInitialSlots != 0)  // of an index of 8 bytes the lower half is the whole of what is in bounds
+        slot = ptx::peek4(p.call.initial_slots + i64{block.n} * kInitialSlots);
+    if (slot >= p.call.initial_rows) return;
+    const char* const state =
+        p.call.initial_state + slot * p.call.initial_strides.slot + block.hv * p.call.initial_strides.head;
+    const int first_row = block.slice * kRows, rows = min(kRows, kV - first_row);
+    const Entries entries(p.ring, slot, 0, block.h, block.hv);
+    if constexpr (kVk) prefetch_bytes(state + i64{first_row} * kK * bytes_of(kState), rows * kK * bytes_of(kState));
+    prefetch_bytes(entries.keys, kEntries * kK * bytes_of(kState));
+    constexpr int kLines = ceil_div(kRows * bytes_of(kState), kLine);
+    for (int i = threadIdx.x; i < kEntries * kLines; i += kThreads)
+        if (i % kLines * kLine < rows * bytes_of(kState))
+            ptx::prefetch(entries.update(i / kLines, first_row) + i % kLines * kLine);
+    if (threadIdx.x == 0) {
+        ptx::prefetch(p.ring.fills + slot * 2);
+        ptx::prefetch(entries.gates);
+        ptx::prefetch(entries.key_scales);
+    }
+}
 
 }  // namespace gdr
