@@ -340,6 +340,17 @@ def library_of(x: Any) -> Any:
     return found
 
 
+def as_cupy(x: Any) -> Any:
+    """`x`, which lies on a CUDA device, as an array of CuPy."""
+    import cupy
+
+    library = library_of(x)
+    if library.name == "torch" and library.meta(x).dtype == "bfloat16":
+        # The interface that CuPy asks for takes torch's bfloat16 for bytes without a meaning; as integers they pass.
+        return cupy.asarray(x.view(sys.modules["torch"].int16)).view(numpy_dtype("bfloat16"))
+    return cupy.asarray(x)
+
+
 def of_whole_elements(x: Any) -> bool:
     """Whether no stride ends within an element, as those of fields of packed records may; torch and JAX have none."""
     return not any(step % x.itemsize for step, extent in zip(getattr(x, "strides", ()), x.shape) if extent > 1)

@@ -299,7 +299,11 @@ class DeltaRuleState:
             raise TypeError(f"h: expected a floating dtype, got {meta.dtype}")
         if meta.shape != (len(index), *self._slot_shape):
             raise ValueError(f"h: expected shape {[len(index), *self._slot_shape]}, got {list(meta.shape)}")
-        self._set(index, library.adopt(h))
+        h = library.adopt(h)
+        if self.device != "cpu":
+            with self._here():
+                h = _arrays.as_cupy(h)
+        self._set(index, h)
 
     def step(self, q: Any, k: Any, v: Any, a: Any, b: Any, slots: Any, *, out: Any | None = None) -> Any:
         """Run one token of each sequence and update the states.
@@ -652,6 +656,7 @@ class DeltaRuleState:
             raise TypeError(f"{name}: expected an array on the host, got one on CUDA device {meta.device}")
         dtype = np.float64 if self.dtype == "float64" else np.float32
         with self._here():
+            value = value if meta.device == "cpu" else _arrays.as_cupy(value)
             return self._xp.array(self._xp.asarray(value), dtype, copy=True)
 
     def _get(self, index: Any) -> Any:

@@ -491,3 +491,24 @@ print(bool((o == out).all()))
 """
     done = subprocess.run([sys.executable, "-c", code], check=False, capture_output=True, text=True)
     assert done.stdout.strip() == "True", done.stderr[-3000:]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+def test_tensors_become_arrays_of_cupy_bit_for_bit(monkeypatch: pytest.MonkeyPatch, torch: Any, dtype: str) -> None:
+    # A CuPy that, as the real one, has no use for torch's bfloat16.
+    monkeypatch.setitem(sys.modules, "cupy", types.SimpleNamespace(asarray=lambda x: x.numpy()))
+    x = torch.linspace(-3, 3, 12).reshape(3, 4).to(getattr(torch, dtype))[:, ::2]
+    assert_same_bits(_arrays.as_cupy(x), to_numpy(x))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+def test_pools_take_states_and_gates_from_tensors(torch: Any, dtype: str) -> None:
+    kind = getattr(torch, dtype)
+    A_log, h = torch.randn(4, device="cuda").to(kind), torch.randn(2, 4, 8, 16, device="cuda").to(kind)
+    for state_dtype in ("float32", dtype):
+        state = gdr.DeltaRuleState(3, 4, 8, 16, A_log=A_log, dtype=state_dtype, device="cuda", ring=2)
+        slots = state.alloc(2)
+        state.write(slots, h)
+        np.testing.assert_array_equal(to_numpy(state.A_log), to_numpy(A_log).astype(np.float32))
+        np.testing.assert_array_equal(to_numpy(state.read(slots)).astype(np.float32), to_numpy(h).astype(np.float32))
