@@ -8,14 +8,13 @@ that `gdr.integrations.sglang` names.  The file is loaded alone, so nothing else
 from __future__ import annotations
 
 import doctest
-import importlib.util
 import os
-import sys
 import types
 from pathlib import Path
 
 import numpy as np
 import pytest
+import sglang_kernel
 from signatures import NO_DEFAULT, positional, positional_of
 
 torch = pytest.importorskip("torch")
@@ -204,28 +203,11 @@ def test_signature_is_sglangs():
 
 @pytest.fixture(scope="module")
 def triton_update():
-    """SGLang's own function; the two modules that its file imports are replaced by the answers they give here."""
+    """SGLang's own function."""
     if not KERNEL:
         pytest.skip("GDR_SGLANG_KERNEL is not set")
     pytest.importorskip("triton")
-    major, minor = torch.cuda.get_device_capability()
-    utils, jit_utils = types.ModuleType("sglang.srt.utils"), types.ModuleType("sglang.kernels.jit.utils")
-    utils.get_device_sm = lambda: 10 * major + minor
-    utils.is_cuda = lambda: True
-    utils.is_hip = utils.is_gfx95_supported = lambda: False
-    utils.is_sm90_supported = jit_utils.is_arch_support_pdl = lambda: major >= 9
-    modules = {
-        name: types.ModuleType(name) for name in ("sglang", "sglang.srt", "sglang.kernels", "sglang.kernels.jit")
-    }
-    modules |= {utils.__name__: utils, jit_utils.__name__: jit_utils}
-    with pytest.MonkeyPatch.context() as patch:
-        for name, module in modules.items():
-            patch.setitem(sys.modules, name, module)
-        spec = importlib.util.spec_from_file_location("sglang_fused_sigmoid_gating_recurrent", KERNEL)
-        module = importlib.util.module_from_spec(spec)
-        patch.setitem(sys.modules, spec.name, module)
-        spec.loader.exec_module(module)
-        yield module.fused_sigmoid_gating_delta_rule_update
+    return sglang_kernel.load(KERNEL)
 
 
 def assert_both(triton_update, x, **rest):

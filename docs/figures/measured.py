@@ -1,9 +1,10 @@
 """Plots of measurements, drawn from docs/data.
 
 ``numerics-*.json`` are written by docs/measure_numerics.py, ``deferral-*.json`` by docs/measure_deferral.py,
-``reliability-*.json`` by docs/measure_reliability.py.  ``performance-*.json`` hold rows with a ``suite``, a
-``case``, an ``impl`` and its time (``us`` or ``ms``), and the ``device`` they were taken on; a suite whose rows have a
-``T`` is drawn as time against length (docs/measure_prefill.py).
+``reliability-*.json`` by docs/measure_reliability.py, ``serving-*.json`` by docs/measure_serving.py.
+``performance-*.json`` hold rows with a ``suite``, a ``case``, an ``impl`` and its time (``us`` or ``ms``), and the
+``device`` they were taken on; a suite whose rows have a ``T`` is drawn as time against length
+(docs/measure_prefill.py).
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ def figures() -> dict[str, Figure]:
     """Every plot that the data at hand allow, by name."""
     drawn = {name: _numerics(data) for name, data in _load("numerics-*.json").items()}
     drawn |= {name: _deferral(data) for name, data in _load("deferral-*.json").items()}
+    drawn |= {name: _serving(data) for name, data in _load("serving-*.json").items()}
     for name, data in _load("performance-*.json").items():
         for suite, rows in _suites(data).items():
             if suite != "host":
@@ -111,6 +113,12 @@ def page() -> str:
             )
             if "T" in rows[0]:
                 parts.append(_invariance_table(rows))
+    for name, data in _load("serving-*.json").items():
+        parts.append(
+            f"## {data['device']}, continuous batching\n\n{data['note']}\n\n{_provenance(data)}\n\n"
+            f"```{{figure}} /_build/figures/{name}.svg\n"
+            f":alt: Tokens a second by the most sequences at a time, {data['device']}\n```\n"
+        )
     return "\n".join(parts) or "No measurement has been committed yet.\n"
 
 
@@ -222,6 +230,26 @@ def _sweep(rows: list[dict[str, Any]]) -> Figure:
         loc="outside upper center",
         ncols=min(4, len(handles)),
     )
+    return figure
+
+
+def _serving(data: dict[str, Any]) -> Figure:
+    figure = Figure(figsize=(9, 3.4), layout="constrained")
+    dtypes = list(dict.fromkeys(row["dtype"] for row in data["rows"]))
+    series: dict[str, dict[str, list[dict[str, Any]]]] = defaultdict(lambda: defaultdict(list))
+    for row in data["rows"]:
+        series[row["dtype"]][row["impl"]].append(row)
+    for axis, dtype in zip(figure.subplots(1, len(dtypes), squeeze=False)[0], dtypes):
+        others, blues = iter(COLORS), iter((BLUE, "#6baed6"))
+        for impl, rows in series[dtype].items():
+            limits, rates = [row["limit"] for row in rows], [row["tokens_per_second"] for row in rows]
+            axis.plot(limits, rates, marker="o", ms=3, label=impl, color=next(blues if impl[:3] == "gdr" else others))
+        axis.set(title=f"{dtype} states", xlabel="most sequences at a time", xscale="log", ylim=(0, None))
+        axis.set_xticks(limits, [str(limit) for limit in limits])
+        axis.minorticks_off()
+        axis.grid(alpha=0.3)
+        axis.set_ylabel("tokens a second")
+    axis.legend(frameon=False, fontsize=8)
     return figure
 
 
