@@ -19,8 +19,10 @@ from signatures import NO_DEFAULT, positional, positional_of
 
 torch = pytest.importorskip("torch")
 
+import gdr  # noqa: E402
 from gdr import reference  # noqa: E402
 from gdr.integrations import sglang  # noqa: E402
+from gdr.integrations.sglang import draft_parents  # noqa: E402
 from gdr.integrations.sglang import fused_sigmoid_gating_delta_rule_update as update  # noqa: E402
 from gdr.testing import assert_close, make_inputs, to_numpy  # noqa: E402
 
@@ -32,10 +34,6 @@ RTOL_SGLANG = RTOL | {torch.float32: 2e-5}
 REFUSED = {
     "is_kda": True,
     "lower_bound": -5.0,
-    "intermediate_states_buffer": torch.zeros(1),
-    "intermediate_state_indices": torch.zeros(1),
-    "cache_steps": 4,
-    "retrieve_parent_token": torch.zeros(1),
     "cache_ring": True,
     "replayssm_rawv": torch.zeros(1),
     "replayssm_rawk": torch.zeros(1),
@@ -174,8 +172,167 @@ def test_every_argument_is_implemented_or_refused():
     assert implemented == [
         *("A_log", "a", "dt_bias", "softplus_beta", "softplus_threshold", "q", "k", "v", "b"),
         *("initial_state_source", "initial_state_indices", "scale", "use_qk_l2norm_in_kernel", "cu_seqlens"),
-        "disable_state_update",
+        *("disable_state_update", "intermediate_states_buffer", "intermediate_state_indices", "cache_steps"),
+        "retrieve_parent_token",
     ]
+
+
+# -- states after every token, and trees
+
+DRAFTS = {
+    "batch": {"B": 3, "T": 5},
+    "packed": {"lengths": [5, 5, 5]},
+    "ragged": {"lengths": [2, 0, 5]},
+    "bfloat16": {"lengths": [4, 4, 4], "dtype": "bfloat16", "state_dtype": "bfloat16"},
+}
+CACHED = {torch.float32: 5e-6, torch.bfloat16: 4e-3}
+
+
+def buffer_for(x, rows=6, steps=5, room=2):
+    """A buffer of NaN whose rows have room for more steps, and rows of it for three sequences."""
+    _, HV, V, K = x.state.shape
+    whole = torch.full((rows, steps + room, HV, V, K), torch.nan, dtype=x.state.dtype, device=x.state.device)
+    return whole[:, :steps], torch.tensor([4, 0, 3], dtype=torch.int32, device=x.state.device), whole
+
+
+def drafts_of(x):
+    """The tokens of each sequence, in float64, as a batch of one."""
+    arrays = {name: to_numpy(getattr(x, name)).astype(np.float64) for name in ("q", "k", "v", "a", "b")}
+    if x.cu_seqlens is None:
+        B, T = arrays["v"].shape[:2]
+        spans = [(n, slice(None)) for n in range(B)]
+        arrays |= {name: arrays[name].reshape(B, T, -1) for name in "ab"}
+    else:
+        spans = [(0, slice(*pair)) for pair in zip(x.cu_seqlens.tolist(), x.cu_seqlens.tolist()[1:])]
+        arrays |= {name: arrays[name][None] for name in "ab"}
+    return [{name: y[row, part][None] for name, y in arrays.items()} for row, part in spans]
+
+
+def along_paths(x, parents=None):
+    """Outputs and states in float64 after every token of each sequence and those that it follows."""
+    heads = [to_numpy(y).astype(np.float64) for y in (x.A_log, x.dt_bias)]
+    outs, states = [], []
+    for n, tokens in enumerate(drafts_of(x)):
+        T = tokens["v"].shape[1]
+        start = to_numpy(x.state[int(x.slots[n])]).astype(np.float64)[None]
+        for t in range(T):
+            path = [t]
+            while path[0] > 0:
+                path.insert(0, path[0] - 1 if parents is None else int(parents[n, path[0]]))
+            part = {name: y[:, path] for name, y in tokens.items()}
+            pool = start.copy()
+            o, after = reference.fused_sigmoid_gating_delta_rule_update(
+                heads[0], part["a"], heads[1], 1.0, 20.0, part["q"], part["k"], part["v"], part["b"], pool,
+                np.array([0]), use_qk_l2norm_in_kernel=True, state_layout="vk",
+            )  # fmt: skip
+            outs.append(o[0, -1])
+            states.append((n, t, after[0]))
+    return np.array(outs), states
+
+
+@pytest.mark.parametrize("shape", DRAFTS.values(), ids=DRAFTS)
+@pytest.mark.parametrize("tree", [False, True], ids=["chain", "tree"])
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_states_after_every_token(shape, tree, device):
+    x = problem(device, num_slots=5, **shape)
+    buffer, rows, whole = buffer_for(x)
+    before, rest = x.state.clone(), {}
+    # What the first token's parent is does not matter.
+    parents = torch.tensor([[7, 0, 0, 1, 1], [0, 0, 1, 1, 3], [-9, 0, 1, 2, 0]], device=device) if tree else None
+    if tree:
+        rest["retrieve_parent_token"] = parents
+    want, states = along_paths(x, parents)
+    got = call(update, x, x.state, disable_state_update=True, intermediate_states_buffer=buffer,
+               intermediate_state_indices=rows, cache_steps=5, **rest)  # fmt: skip
+    assert got.shape == x.v.shape
+    assert got.is_contiguous()
+    assert_close(got.reshape(want.shape), want, rtol=RTOL[got.dtype], name="o")
+    assert torch.equal(x.state, before)
+    for n, t, state in states:
+        assert_close(buffer[rows[n], t], state, rtol=CACHED[buffer.dtype] * (1 + t * tree), name=f"state {n}, {t}")
+    touched = torch.zeros(whole.shape[:2], dtype=torch.bool)
+    for n, t, _ in states:
+        touched[rows[n], t] = True
+    assert whole.cpu()[~touched].isnan().all()
+
+
+def test_a_chain_may_also_update_the_pool():
+    x = problem(lengths=[5, 2, 4])
+    buffer, rows, _ = buffer_for(x)
+    want, pool = expected(x)
+    got = call(update, x, x.state, intermediate_states_buffer=buffer, intermediate_state_indices=rows)
+    assert_close(got, want, rtol=5e-6, name="o")
+    assert_close(x.state, pool, rtol=5e-6, name="pool")
+    assert_close(buffer[rows[0], 4], pool[x.slots[0]], rtol=5e-6, name="the last state")
+
+
+@pytest.mark.parametrize("tree", [False, True], ids=["chain", "tree"])
+def test_rows_without_a_place_keep_no_states(tree):
+    x = problem(B=3, T=5)
+    buffer, rows, whole = buffer_for(x)
+    rows[1], x.slots[2] = -1, -1
+    rest = {"retrieve_parent_token": torch.tensor([[0, 0, 0, 1, 1]] * 3)} if tree else {}
+    got = call(update, x, x.state, disable_state_update=True, intermediate_states_buffer=buffer,
+               intermediate_state_indices=rows, **rest)  # fmt: skip
+    assert got[0].any()
+    assert got[1].any() != tree  # a row of a tree finds its states in the buffer alone
+    assert not got[2].any()
+    assert not whole[4, :5].isnan().any()
+    assert whole[[0, 1, 2, 3, 5]].isnan().all()
+
+
+def test_wrong_drafts_are_named():
+    x = problem(lengths=[5, 3, 5])
+    buffer, rows, _ = buffer_for(x)
+    given = {"intermediate_states_buffer": buffer, "intermediate_state_indices": rows, "disable_state_update": True}
+    parents = torch.tensor([[0, 0, 0, 1, 1]] * 3)
+    buffers, indices = "intermediate_states_buffer", "intermediate_state_indices"
+    for rest, error, message in (
+        ({"cache_steps": 5}, ValueError, "cache_steps: given without intermediate_states_buffer"),
+        ({"retrieve_parent_token": parents}, ValueError, "retrieve_parent_token: given without"),
+        ({buffers: buffer}, ValueError, f"{buffers}: given without"),
+        (given | {"cache_steps": 6}, ValueError, "cache_steps: expected from 1 to 5, got 6"),
+        (given | {buffers: buffer[:, :4]}, ValueError, f"{buffers}: expected room"),
+        (given | {buffers: buffer[..., 1:]}, ValueError, f"{buffers}: expected a"),
+        (given | {buffers: buffer[:, ::2]}, ValueError, f"{buffers}: expected con"),
+        (given | {indices: rows[:2]}, ValueError, f"{indices}: expected shape"),
+        (given | {indices: rows.float()}, TypeError, f"{indices}: expected a torch"),
+        (given | {"retrieve_parent_token": parents[:2]}, ValueError, "retrieve_parent_token: expected shape"),
+        (given | {"retrieve_parent_token": parents + 3}, ValueError, "retrieve_parent_token: expected one before"),
+        (given | {"retrieve_parent_token": parents, "disable_state_update": False}, NotImplementedError,
+         "retrieve_parent_token: gdr does not write"),
+        (given | {"cu_seqlens": torch.tensor([0, 6, 9, 13])}, ValueError, f"{buffers}: expected room for 6"),
+    ):  # fmt: skip
+        with pytest.raises(error, match=f"^{message}"):
+            call(update, x, x.state, **rest)
+        assert buffer.isnan().all()
+
+
+def test_trees_of_sglang_are_trees_of_pools():
+    children = torch.tensor([[1, 3, -1, -1, -1], [1, 2, 3, 4, -1], [1, -1, 3, -1, -1]], dtype=torch.int32)
+    siblings = torch.tensor([[-1, 2, -1, 4, -1], [-1, -1, -1, -1, -1], [-1, 2, 4, -1, -1]], dtype=torch.int32)
+    parents = torch.tensor([[-1, 0, 0, 1, 1], [-1, 0, 1, 2, 3], [-1, 0, 0, 2, 0]])
+    assert torch.equal(draft_parents(retrieve_next_token=children, retrieve_next_sibling=siblings), parents)
+    theirs = parents.int()
+    theirs[:, 0] = 0
+    assert torch.equal(draft_parents(theirs), parents)
+    assert theirs[0, 0] == 0
+    for rest, message in (
+        ({"retrieve_next_token": children}, "retrieve_next_sibling: expected a tensor"),
+        ({"retrieve_next_sibling": children}, "retrieve_next_token: expected a tensor"),
+        ({"retrieve_next_token": children, "retrieve_next_sibling": siblings[:2]}, "retrieve_next_sibling: expected"),
+        ({"retrieve_parent_token": theirs, "retrieve_next_token": children}, "retrieve_next_token: given beside"),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=f"^{message}"):
+            draft_parents(**rest)
+    x = problem(B=3, T=5, num_slots=3)
+    state = gdr.DeltaRuleState(3, 4, 16, 24, num_k_heads=2, A_log=x.A_log, dt_bias=x.dt_bias, layout="vk")
+    slots = state.alloc(3)
+    state.write(slots, x.state[x.slots.long()])
+    a, b = (y.reshape(3, 5, 4) for y in (x.a, x.b))
+    o = state.verify(x.q, x.k, x.v, a, b, slots, draft_parents(theirs))
+    want, _ = along_paths(x, theirs)
+    assert_close(o.reshape(want.shape), want, rtol=5e-6, name="o")
 
 
 def test_wrong_arguments_are_named():
