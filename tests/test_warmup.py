@@ -40,6 +40,14 @@ def test_every_kernel_is_compiled_once(fake: FakeCupy) -> None:
     assert len(done) == len(fake.compiled)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_prompts_of_float32_have_kernels_of_their_own(fake: FakeCupy, dtype: str) -> None:
+    done = gdr.warmup(device="cuda", max_batch=1, dtype=dtype)
+    chunks = {line.split()[1] for line in done if line.startswith("<Kernel chunk")}
+    assert chunks
+    assert all(stem.endswith("_f32") for stem in chunks) == (dtype == "float32")
+
+
 def test_kernels_that_the_gpu_is_too_old_for_are_left_out(fake: FakeCupy) -> None:
     fake.capability = "75"
     done = gdr.warmup(device="cuda", max_batch=1)
