@@ -17,6 +17,7 @@ def load(path: str | Path) -> Callable[..., Any]:
     The modules of SGLang that the file imports are replaced by the answers that they give on this machine.
     """
     import torch
+    import triton  # noqa: F401  the file's import of it would be undone below
 
     major, minor = torch.cuda.get_device_capability()
     utils, jit_utils = types.ModuleType("sglang.srt.utils"), types.ModuleType("sglang.kernels.jit.utils")
