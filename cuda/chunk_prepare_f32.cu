@@ -48,24 +48,10 @@ struct GateBits {
         }
     }
     __device__ __forceinline__ void finish(const Params& p, int tokens, Sum& G, float& strength) const {
-        const int lane = threadIdx.x % 32;
         float g = 0.f;
         strength = 0.f;
-        if (lane < tokens) {
-            g = value_of(p.a_type, a), strength = value_of(p.b_type, b);
-            if constexpr (kRawGates) {
-                g = log_decay(value_of(p.A_log_type, A_log), g, value_of(p.dt_bias_type, dt_bias), p.softplus_beta,
-                              1.f / p.softplus_beta, p.softplus_threshold);
-                strength = sigmoid(strength);
-            }
-            g = g < kForgotten ? kForgotten : g;
-        }
-        G = Sum::of(g);
-#pragma unroll
-        for (int distance = 1; distance < 32; distance *= 2) {
-            const Sum below = G.from_lane_below(distance);
-            if (lane >= distance) G = below + G;
-        }
+        if (static_cast<int>(threadIdx.x % 32) < tokens) find_gates(p, a, b, A_log, dt_bias, g, strength);
+        G = sum_up_to_lane(Sum::of(g));
     }
 };
 

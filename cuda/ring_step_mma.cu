@@ -69,7 +69,7 @@ __device__ __forceinline__ void add_entries(float (&sums)[kTiles][4], const Shar
     for (int first = 0; first < kEntries; first += 8) {
         if (first >= pending) break;
         float u[2][kOwn];
-        u32 high[2] = {0, 0}, low[2] = {0, 0};
+        Split products[2];
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
             const int entry = first + t + 4 * i;
@@ -78,17 +78,15 @@ __device__ __forceinline__ void add_entries(float (&sums)[kTiles][4], const Shar
                 float sum = 0.f;
 #pragma unroll
                 for (int x = 0; x < kParts; ++x) sum += g ? shared.products[x][entry].y : shared.products[x][entry].x;
-                sum *= shared.left[entry];
-                high[i] = __float_as_uint(sum) & 0xffffe000u;
-                low[i] = __float_as_uint(sum - __uint_as_float(high[i]));
+                products[i] = Split(sum * shared.left[entry]);
             }
         }
 #pragma unroll
         for (int m = 0; m < kTiles; ++m) {
             const u32 a[4] = {__float_as_uint(u[0][2 * m]), __float_as_uint(u[0][2 * m + 1]),
                               __float_as_uint(u[1][2 * m]), __float_as_uint(u[1][2 * m + 1])};
-            mma_tf32(sums[m], a, high[0], high[1]);
-            mma_tf32(sums[m], a, low[0], low[1]);
+            mma_tf32(sums[m], a, products[0].high, products[1].high);
+            mma_tf32(sums[m], a, products[0].low, products[1].low);
         }
     }
 }

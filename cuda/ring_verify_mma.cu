@@ -55,15 +55,6 @@ struct Shared {
     bool last;
 };
 
-// A float32 number's 11 leading bits, and what they leave.
-struct Split {
-    u32 high = 0, low = 0;
-
-    __device__ __forceinline__ Split() {}
-    __device__ __forceinline__ explicit Split(float x)
-        : high(__float_as_uint(x) & 0xffffe000u), low(__float_as_uint(x - __uint_as_float(high))) {}
-};
-
 // c += a b with both of float32: 16 rows, 8 of K.
 __device__ __forceinline__ void multiply_split(float (&c)[4], const Split (&a)[4], const Split& b0, const Split& b1) {
     const u32 high[4] = {a[0].high, a[1].high, a[2].high, a[3].high};

@@ -12,7 +12,6 @@
 // operand of the next one in the same registers. No powers of L: with correlated keys they overflow.
 #pragma once
 
-#include "gdr/chunk.cuh"
 #include "gdr/log_decays.cuh"
 
 namespace gdr {
@@ -72,21 +71,10 @@ struct GateBits {
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
             if (t + i >= place.tokens) continue;
-            g[i] = value_of(p.a_type, a[i]), strength[i] = value_of(p.b_type, b[i]);
-            if constexpr (kRawGates) {
-                g[i] = log_decay(value_of(p.A_log_type, A_log), g[i], value_of(p.dt_bias_type, dt_bias),
-                                 p.softplus_beta, 1.f / p.softplus_beta, p.softplus_threshold);
-                strength[i] = sigmoid(strength[i]);
-            }
-            g[i] = g[i] < kForgotten ? kForgotten : g[i];
+            find_gates(p, a[i], b[i], A_log, dt_bias, g[i], strength[i]);
         }
         const Sum g0 = Sum::of(g[0]);
-        Sum second = g0 + Sum::of(g[1]);
-#pragma unroll
-        for (int distance = 1; distance < 32; distance *= 2) {
-            const Sum below = second.from_lane_below(distance);
-            if (lane >= distance) second = below + second;
-        }
+        const Sum second = sum_up_to_lane(g0 + Sum::of(g[1]));
         const Sum before = second.from_lane_below(1), first = lane == 0 ? g0 : before + g0;
         *reinterpret_cast<float4*>(&to.G[t]) = make_float4(first.high, first.low, second.high, second.low);
         *reinterpret_cast<float2*>(&to.beta[t]) = make_float2(strength[0], strength[1]);

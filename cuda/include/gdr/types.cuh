@@ -67,4 +67,13 @@ __device__ __forceinline__ void pack(const float (&x)[kCount], u32* words) {
     }
 }
 
+// A float32 number's 11 leading bits, which are those that tensor cores read, and what they leave.
+struct Split {
+    u32 high = 0, low = 0;
+
+    __device__ __forceinline__ Split() {}
+    __device__ __forceinline__ explicit Split(float x)
+        : high(__float_as_uint(x) & 0xffffe000u), low(__float_as_uint(x - __uint_as_float(high))) {}
+};
+
 }  // namespace gdr
