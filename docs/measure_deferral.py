@@ -9,7 +9,6 @@ gate regime and number of steps.  The inputs are float32, the same for all pools
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import sys
 from pathlib import Path
@@ -22,7 +21,7 @@ sys.path[:0] = [str(HERE.parent), str(HERE)]
 
 import gdr
 from gdr.testing import make_inputs, relative_rms, to_library, to_numpy
-from provenance import provenance
+from provenance import provenance, write
 
 STEPS = (1, 10, 100, 1000, 10_000)
 DTYPES = ("float32", "float16", "bfloat16")
@@ -89,9 +88,7 @@ def main() -> None:
     args = parser.parse_args()
     if args.backend != "cuda":
         os.environ["GDR_CPU"] = args.backend
-    path = HERE / "data" / f"deferral-{args.backend}.json"
-    path.write_text(json.dumps(measure(args.backend), indent=1) + "\n", encoding="utf-8")
-    print(path)
+    write(f"deferral-{args.backend}", measure(args.backend))
 
 
 if __name__ == "__main__":

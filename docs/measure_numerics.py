@@ -8,7 +8,6 @@ The inputs of each dtype are rounded to it first, so that the error is the compu
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import sys
 from pathlib import Path
@@ -21,7 +20,7 @@ sys.path[:0] = [str(HERE.parent), str(HERE)]
 
 import gdr
 from gdr.testing import make_inputs, relative_rms, to_numpy
-from provenance import provenance
+from provenance import provenance, write
 
 LENGTHS = (1, 4, 16, 64, 256, 1024, 4096)
 DTYPES = ("float32", "float16", "bfloat16")
@@ -67,9 +66,7 @@ def main() -> None:
     args = parser.parse_args()
     if args.backend != "cuda":
         os.environ["GDR_CPU"] = args.backend
-    path = HERE / "data" / f"numerics-{args.backend}.json"
-    path.write_text(json.dumps(measure(args.backend), indent=1) + "\n", encoding="utf-8")
-    print(path)
+    write(f"numerics-{args.backend}", measure(args.backend))
 
 
 if __name__ == "__main__":

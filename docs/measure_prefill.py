@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
-import json
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -33,7 +32,8 @@ import gdr
 from gdr import _backends, _cuda_loader, _inputs, _warmup
 from gdr import _cuda_chunk as cuda_chunk
 from gdr._arrays import numpy_dtype
-from provenance import provenance
+from provenance import provenance, write
+from replays import Replays
 
 HEADS = {"qwen3-next": (16, 32), "tp8": (2, 8)}
 DTYPES = ("bfloat16", "float32")
@@ -117,28 +117,10 @@ def compile_kernels() -> None:
 
 def measure(calls: list[Callable[[], None]], seconds: float = 0.02) -> float:
     """Median time of a call, in microseconds."""
-    stream = cupy.cuda.Stream(non_blocking=True)
-    cupy.cuda.Device().synchronize()
-    with stream:
-        calls[0]()
-        stream.synchronize()
-        stream.begin_capture()
-        for call in calls:
-            call()
-        graph = stream.end_capture()
-
-        def replay(count: int) -> float:
-            start, stop = cupy.cuda.Event(), cupy.cuda.Event()
-            start.record(stream)
-            for _ in range(count):
-                graph.launch()
-            stop.record(stream)
-            stop.synchronize()
-            return cupy.cuda.get_elapsed_time(start, stop) * 1e3 / count / len(calls)
-
-        replay(1)
-        count = max(1, int(seconds / 5 / (replay(1) * 1e-6 * len(calls))))
-        return float(np.median([replay(count) for _ in range(5)]))
+    replays = Replays(calls, calls[:1])
+    replays.mean(1)
+    count = max(1, int(seconds / 5 / (replays.mean(1) * 1e-6 * len(calls))))
+    return float(np.median([replays.mean(count) for _ in range(5)]))
 
 
 def sweep(model: str, dtype: str, T: int, workspace: Any) -> Iterator[dict[str, Any]]:
@@ -192,9 +174,7 @@ def main() -> None:
         found = list(sweep(model, dtype, T, workspace))
         rows += found
         print(model, dtype, T, *(f"{row['impl'].removeprefix('gdr ')} {row['us']}" for row in found), flush=True)
-    data = provenance("cuda") | {"note": NOTE, "rows": rows}
-    path = HERE / "data" / f"performance-{name}-prefill-sweep.json"
-    path.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
+    write(f"performance-{name}-prefill-sweep", provenance("cuda") | {"note": NOTE, "rows": rows})
 
 
 if __name__ == "__main__":

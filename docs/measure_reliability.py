@@ -10,7 +10,6 @@ A run that finds a fault raises and writes nothing.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import sys
 from concurrent.futures import ProcessPoolExecutor
@@ -21,7 +20,7 @@ from typing import Any
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent), str(HERE.parent / "tests"), str(HERE)]
 
-from provenance import provenance
+from provenance import provenance, write
 
 PARTS = 12  # of the random calls of an operation, for as many processes
 
@@ -89,9 +88,7 @@ def main() -> None:
     result["fuzz"] = {
         name: {"calls": calls, "refused": count, "answered": calls - count} for name, count in refused.items()
     }
-    path = HERE / "data" / f"reliability-{options.backend}.json"
-    path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    print(f"wrote {path.relative_to(HERE.parent)}")
+    write(f"reliability-{options.backend}", result)
 
 
 if __name__ == "__main__":

@@ -11,10 +11,8 @@ period, each the median of several.  Drafts are all committed, which makes slots
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Callable
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +27,8 @@ from gdr import _cuda_ring as cuda_ring
 from gdr import _inputs
 from gdr._arrays import numpy_dtype
 from gdr._spec import OPERANDS, RAW_GATES, TOKENS, Form
-from provenance import provenance
+from provenance import provenance, write
+from replays import Replays
 
 H, HV, D, CAPACITY, ROOM = 16, 32, 128, 16, 16
 POOL_BYTES = 512 << 20
@@ -96,37 +95,12 @@ def calls_of(pool: Any, B: int, T: int, kind: str) -> tuple[list[Callable[[], No
 
 def measure(calls: list[Callable[[], None]], period: int, seconds: float = 0.06) -> tuple[float, float]:
     """Mean time of a call over whole periods, and that of the slowest round of a period, in microseconds."""
-    stream = cupy.cuda.Stream(non_blocking=True)
-    cupy.cuda.Device().synchronize()
-    with stream:
-        for call in calls:
-            call()
-        stream.synchronize()
-        stream.begin_capture()
-        for call in calls:
-            call()
-        graph = stream.end_capture()
-
-        def rounds(count: int) -> float:
-            start, stop = cupy.cuda.Event(), cupy.cuda.Event()
-            start.record(stream)
-            for _ in range(count):
-                graph.launch()
-            stop.record(stream)
-            stop.synchronize()
-            return cupy.cuda.get_elapsed_time(start, stop) * 1e3 / count / len(calls)
-
-        rounds(2 * period - 1)
-        once = rounds(period) * 1e-6 * len(calls) * period
-        count = max(1, int(seconds / 5 / once)) * period
-        mean = float(np.median([rounds(count) for _ in range(5)]))
-        events = [cupy.cuda.Event() for _ in range(4 * period + 1)]
-        events[0].record(stream)
-        for event in events[1:]:
-            graph.launch()
-            event.record(stream)
-        stream.synchronize()
-    took = [cupy.cuda.get_elapsed_time(x, y) * 1e3 / len(calls) for x, y in pairwise(events)]
+    replays = Replays(calls, calls)
+    replays.mean(2 * period - 1)
+    once = replays.mean(period) * 1e-6 * len(calls) * period
+    count = max(1, int(seconds / 5 / once)) * period
+    mean = float(np.median([replays.mean(count) for _ in range(5)]))
+    took = replays.each(4 * period)
     return mean, max(float(np.median(took[i::period])) for i in range(period))
 
 
@@ -154,9 +128,7 @@ def main() -> None:
                 }
             )
             print(rows[-1], flush=True)
-    data = provenance("cuda") | {"note": NOTE, "rows": rows}
-    path = HERE / "data" / f"performance-{name}-ring.json"
-    path.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
+    write(f"performance-{name}-ring", provenance("cuda") | {"note": NOTE, "rows": rows})
 
 
 if __name__ == "__main__":

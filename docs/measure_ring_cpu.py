@@ -10,7 +10,6 @@ number of tokens are verified by the recurrence, which then runs the accepted on
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import platform
 import sys
@@ -27,7 +26,7 @@ sys.path[:0] = [str(HERE.parent), str(HERE)]
 import gdr
 from gdr._threads import thread_count
 from gdr.testing import make_inputs
-from provenance import provenance
+from provenance import provenance, write
 
 SHAPE = {"H": 16, "HV": 32, "K": 128, "V": 128}
 RINGS = (0, 4, 16, 64)
@@ -105,10 +104,7 @@ def main() -> None:
     rows += [row for B in (1, 8) for T in (2, 4, 8) for row in drafts(B, T)]
     named = {"numpy": "NumPy", "numba": "Numba"}[backend]
     device = {"device": f"{thread_count()} cores of {platform.machine()}, a ring with gdr on {named}"}
-    data = provenance(backend) | device | {"note": NOTE, "rows": rows}
-    path = HERE / "data" / f"performance-cpu-ring-{backend}.json"
-    path.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
-    print(path)
+    write(f"performance-cpu-ring-{backend}", provenance(backend) | device | {"note": NOTE, "rows": rows})
 
 
 if __name__ == "__main__":

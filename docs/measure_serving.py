@@ -12,7 +12,6 @@ GDR_SGLANG_KERNEL is the path of its file.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import sys
 import time
@@ -30,7 +29,7 @@ sys.path[:0] = [str(HERE.parent), str(HERE), str(HERE.parent / "tests")]
 import sglang_kernel
 
 import gdr
-from provenance import provenance
+from provenance import provenance, write
 
 H, HV, D, LAYERS, CAPACITY = 16, 32, 128, 8, 16
 LIMITS = (8, 32, 128, 256)
@@ -194,9 +193,7 @@ def main() -> None:
                 cupy.get_default_memory_pool().free_all_blocks()
     head = provenance("cuda")
     head["versions"]["torch"] = torch.__version__
-    path = HERE / "data" / f"serving-{name}.json"
-    path.write_text(json.dumps(head | {"note": NOTE, "rows": rows}, indent=1) + "\n", encoding="utf-8")
-    print(path)
+    write(f"serving-{name}", head | {"note": NOTE, "rows": rows})
 
 
 if __name__ == "__main__":

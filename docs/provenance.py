@@ -1,8 +1,9 @@
-"""Where, when and with what a measurement in docs/data was taken."""
+"""Files of measurements in docs/data: where, when and with what each was taken."""
 
 from __future__ import annotations
 
 import datetime
+import json
 import platform
 import sys
 from contextlib import suppress
@@ -37,3 +38,10 @@ def provenance(backend: str) -> dict[str, Any]:
         "versions": versions,
         "command": command,
     }
+
+
+def write(name: str, data: dict[str, Any]) -> None:
+    """Write a data file."""
+    path = Path(__file__).resolve().parent / "data" / f"{name}.json"
+    path.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
+    print(path)
