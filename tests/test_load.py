@@ -25,6 +25,7 @@ from gdr import DeltaRuleState, reference
 from gdr.testing import make_inputs, relative_rms
 
 SECONDS = float(os.environ.get("GDR_LOAD_SECONDS", "2"))
+DEPARTURES = 300  # at least, of a thread in each part of a run
 SLOTS, H, HV, K, V = 48, 1, 2, 32, 32
 BANK = 4096
 OPERANDS = ("q", "k", "v", "a", "b")
@@ -217,10 +218,10 @@ def serve(place: Place, seconds: float, threads: int) -> dict:
         except BaseException as error:
             failures.append(error)
 
-    def together(seconds: float, seed: int, departures: int = 0) -> list[Server]:
+    def together(seconds: float, seed: int) -> list[Server]:
         servers: list[Server] = []
         until = time.monotonic() + seconds
-        workers = [threading.Thread(target=run, args=(seed + n, until, departures, servers)) for n in range(threads)]
+        workers = [threading.Thread(target=run, args=(seed + n, until, DEPARTURES, servers)) for n in range(threads)]
         for worker in workers:
             worker.start()
         for worker in workers:
@@ -229,8 +230,8 @@ def serve(place: Place, seconds: float, threads: int) -> dict:
             raise failures[0]
         return servers
 
-    # Compiles, however long that takes, and fills every cache.
-    together(seconds / 4, 100, departures=200)
+    # Both parts do enough that everything happens in them, however long kernels take to compile.
+    together(seconds / 4, 100)  # compiles, and fills every cache
     before, device_before = resident_mib(), place.device_mib()
     servers = together(seconds * 3 / 4, 0)
     total = {name: sum(server.done[name] for server in servers) for name in servers[0].done}
