@@ -5,8 +5,6 @@
 The chunkwise form beside the recurrent one, and what `DeltaRuleState.prefill` makes of the same tokens, which chooses
 between the two; then what `batch_invariant=True` costs, and what a call costs the host.  Times are medians of replays
 of a CUDA graph that goes through several sets of inputs, which together are larger than the L2 cache.
-
-Rows of other libraries have the same `suite`, `case` and `T`, and an `impl` of their own.
 """
 
 from __future__ import annotations
@@ -42,6 +40,7 @@ LENGTHS = (1, 4, 8, 16, 24, 31, 32, 48, 64, 65, 96, 128, 192, 256, 384, 512, 700
 LENGTHS += tuple(1 << i for i in range(11, 18))
 INVARIANT_FROM = 1024
 COLD_BYTES = 128 << 20
+TITLE = "one sequence against its length"
 NOTE = (
     "Microseconds of one sequence of T tokens, K=V=128; qwen3-next has H=16 HV=32, tp8 H=2 HV=8. A float32 state is "
     "read and written, q and k are normalised by the kernels. Replays of a CUDA graph over inputs that are not in the "
@@ -174,7 +173,7 @@ def main() -> None:
         found = list(sweep(model, dtype, T, workspace))
         rows += found
         print(model, dtype, T, *(f"{row['impl'].removeprefix('gdr ')} {row['us']}" for row in found), flush=True)
-    write(f"performance-{name}-prefill-sweep", provenance("cuda") | {"note": NOTE, "rows": rows})
+    write(f"performance-{name}-prefill-sweep", provenance("cuda") | {"title": TITLE, "note": NOTE, "rows": rows})
 
 
 if __name__ == "__main__":

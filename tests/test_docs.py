@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import json
 import os
@@ -115,6 +116,87 @@ def test_data_say_where_when_and_with_what_they_were_measured():
     for path in files:
         missing = {"device", "date", "versions", "command"} - json.loads(path.read_text(encoding="utf-8")).keys()
         assert not missing, f"{path.name}: no {', '.join(missing)}"
+
+
+def test_data_hold_numbers():
+    def refuse(constant):
+        raise ValueError(constant)
+
+    for path in sorted((DOCS / "data").glob("performance-*.json")):
+        data = json.loads(path.read_text(encoding="utf-8"), parse_constant=refuse)  # no NaN
+        times = [row["us"] if "us" in row else row["ms"] for row in data["rows"]]
+        assert times, path.name
+        assert min(times) > 0, path.name
+        rows = [(row["suite"], row["case"], row.get("T"), row["impl"]) for row in data["rows"]]
+        assert len(set(rows)) == len(rows), f"{path.name} has a time twice"
+
+
+@pytest.fixture
+def measured(monkeypatch, tmp_path):
+    """What draws docs/data, with a folder of its own for the data."""
+    pytest.importorskip("matplotlib")
+    monkeypatch.syspath_prepend(DOCS)
+    module = importlib.import_module("figures.measured")
+    monkeypatch.setattr(module, "DATA", tmp_path)
+    return module
+
+
+def _write(directory, name, rows, **more):
+    head = {"device": "NVIDIA X", "date": "2000-01-01", "versions": {}, "command": "x", "title": name}
+    (directory / f"performance-x-{name}.json").write_text(json.dumps(head | more | {"rows": rows}), encoding="utf-8")
+
+
+def _row(suite, case, impl, us, **more):
+    return {"suite": suite, "case": case, "impl": impl, "us": us, **more}
+
+
+def test_performance_page_compares_with_each_library_and_the_fastest(measured, tmp_path):
+    rows = [_row("decode", "B=1 float32", impl, us) for impl, us in (("gdr kv", 4), ("A", 8), ("B", 10))]
+    rows += [_row("decode", "B=8 float32", impl, us) for impl, us in (("gdr kv", 9), ("A", 6), ("B", 4.5))]
+    rows += [_row("decode", "B=9 float32", impl, us) for impl, us in (("gdr kv", 9), ("B", 9), ("in-place stream", 1))]
+    _write(tmp_path, "decode", rows)
+    page = measured.page().replace("\u2060", "")
+    # Over the fastest 1/2, 2 and 1; over A 1/2 and 3/2; over B 2/5, 2 and 1.
+    assert "| decode, gdr kv | 3 | 1.00 (0.50–2.00) | 0.87 (0.50–1.50); 2 cases | 0.93 (0.40–2.00) |" in page
+    assert "A, decode: B=9 float32." in page
+    assert "performance-x-decode-decode" in measured.figures()
+
+
+def test_performance_page_gives_the_share_of_a_plain_kernel(measured, tmp_path):
+    plain = {"impl": "in-place stream", "us": 9.0, "GBps": 2000.0}
+    rows = [_row("decode", "m B=128 float32", **plain), _row("decode", "m B=32 float32", **plain)]
+    rows += [
+        _row("decode", f"m B={B} float32", f"gdr {x}", us) for B in (32, 128) for x, us in (("kv", 12), ("vk", 10))
+    ]
+    _write(tmp_path, "decode", rows, ceilings={"in_place_GBps": 3000.0})
+    page = measured.page()
+    assert "| m B=128 float32 | 2,000 | 1,800 | 90.0% | 60.0% |" in page
+    assert "| m B=32 float32" not in page
+
+
+def test_performance_page_sets_rings_beside_other_libraries_on_the_same_device(measured, tmp_path):
+    case = "m B=8 float32"
+    _write(tmp_path, "ring", [_row("deferral", case, "gdr ring=16", 3, worst=6)])
+    _write(tmp_path, "decode", [_row("decode", case, impl, 5) for impl in ("A", "gdr kv", "in-place stream")])
+    _write(tmp_path, "elsewhere", [_row("decode", case, "A", 1)], device="NVIDIA Y")
+    page = measured.page()
+    assert "| deferral, gdr ring=16 | 1 | 0.60 |" in page
+    assert "those of “decode”, taken on 2000-01-01" in page
+    assert "| float32, ring=16 | 2.00 |" in page
+
+
+def test_performance_page_gives_what_calls_cost_and_how_exact_they_are(measured, tmp_path):
+    rows = [
+        _row("prefill", f"1x{i}", impl, 5, host_us=10.0 * i, err_o=i * 1e-3, err_h=i * 1e-4)
+        for impl in ("gdr", "A")
+        for i in (1, 2, 4)
+    ]
+    rows += [_row("sweep", "m bfloat16", impl, us, T=T) for impl, us in (("gdr", 1500), ("A", 3)) for T in (1, 2048)]
+    _write(tmp_path, "prefill", rows)
+    page = measured.page()
+    assert "| gdr | 20 | 4.0e-03 | 4.0e-04 |" in page
+    assert "| 2,048 | 1,500 | 3 |" in page
+    assert "performance-x-prefill-sweep" in measured.figures()
 
 
 def test_links_within_the_documentation():

@@ -4,23 +4,28 @@
 ``reliability-*.json`` by docs/measure_reliability.py, ``serving-*.json`` by docs/measure_serving.py.
 ``performance-*.json`` hold rows with a ``suite``, a ``case``, an ``impl`` and its time (``us`` or ``ms``), and the
 ``device`` they were taken on; a suite whose rows have a ``T`` is drawn as time against length
-(docs/measure_prefill.py).
+(docs/measure_prefill.py).  Steps and drafts on a ring (docs/measure_ring.py) are drawn beside the times that other
+libraries have for the same cases in another file of the device.
 """
 
 from __future__ import annotations
 
 import json
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
 
+from figures import compared
+from figures.compared import STREAM
 from figures.style import BLUE, GREEN, ORANGE, RED
 
 DATA = Path(__file__).resolve().parents[1] / "data"
-COLORS = (ORANGE, GREEN, RED, "#9467bd", "#8c564b", "#7f7f7f")
+LIBRARIES = {"FlashInfer": ORANGE, "SGLang": GREEN, "FlashQLA": RED, "FLA": "#9467bd", "ggml": ORANGE}
+COLORS = (GREEN, RED, "#8c564b", "#7f7f7f")
+BESIDE = {"deferral": "decode", "drafts": "verify"}  # suites on a ring, and in place
 NAMES = {"numpy": "NumPy", "numba": "Numba", "cuda": "CUDA"}
 
 
@@ -33,7 +38,7 @@ def figures() -> dict[str, Figure]:
     drawn = {name: _numerics(data) for name, data in _load("numerics-*.json").items()}
     drawn |= {name: _deferral(data) for name, data in _load("deferral-*.json").items()}
     drawn |= {name: _serving(data) for name, data in _load("serving-*.json").items()}
-    for name, data in _load("performance-*.json").items():
+    for name, data in _performance_files().items():
         for suite, rows in _suites(data).items():
             if suite != "host":
                 drawn[f"{name}-{suite}"] = _sweep(rows) if "T" in rows[0] else _performance(rows)
@@ -80,9 +85,8 @@ def reliability_page() -> str:
         ("random calls refused by name", lambda r: sum(x["refused"] for x in r["fuzz"].values())),
         ("random calls answered as the reference does", lambda r: sum(x["answered"] for x in r["fuzz"].values())),
     ]
-    rows = [["", *(NAMES[run["backend"]] for run in runs)], ["---", *("---:" for _ in runs)]]
-    rows += [[words, *(_thousands(count(run)) for run in runs)] for words, count in lines]
-    table = "".join(f"| {' | '.join(row)} |\n" for row in rows)
+    rows = [[words, *(_thousands(count(run)) for run in runs)] for words, count in lines]
+    table = compared.table(["", *(NAMES[run["backend"]] for run in runs)], rows)
     return table + "".join(f"\n{NAMES[run['backend']]}: {_provenance(run)}\n" for run in runs)
 
 
@@ -95,31 +99,77 @@ def _time(us: float) -> str:
 
 
 def page() -> str:
-    """A section for each machine that was measured."""
-    parts = []
-    for name, data in _load("performance-*.json").items():
-        parts.append(f"## {data['device']}\n")
-        if data.get("note"):
-            parts.append(f"{data['note']}\n")
-        parts.append(f"{_provenance(data)}\n")
-        for suite, rows in _suites(data).items():
-            if suite == "host":
-                parts.append(_host_table(rows))
-                continue
-            what = "Time against length" if "T" in rows[0] else suite.capitalize()
-            parts.append(
-                f"### {what}\n\n```{{figure}} /_build/figures/{name}-{suite}.svg\n"
-                f":alt: Times of gdr and its peers, {suite}, {data['device']}\n```\n"
-            )
-            if "T" in rows[0]:
-                parts.append(_invariance_table(rows))
+    """A section for each file of times."""
+    files = _performance_files()
+    gpu = {name: data for name, data in files.items() if data["device"].startswith("NVIDIA")}
+    parts = [part for name, data in gpu.items() for part in _times(name, data)]
     for name, data in _load("serving-*.json").items():
         parts.append(
             f"## {data['device']}, continuous batching\n\n{data['note']}\n\n{_provenance(data)}\n\n"
             f"```{{figure}} /_build/figures/{name}.svg\n"
-            f":alt: Tokens a second by the most sequences at a time, {data['device']}\n```\n"
+            f":alt: Tokens a second by the most sequences at a time, {data['device']}\n```"
         )
-    return "\n".join(parts) or "No measurement has been committed yet.\n"
+    parts += [part for name, data in files.items() if name not in gpu for part in _times(name, data)]
+    return "\n\n".join(part.strip("\n") for part in parts if part) + "\n"
+
+
+def _times(name: str, data: dict[str, Any]) -> list[str]:
+    """What the page shows of a file of times."""
+    suites = {suite: rows for suite, rows in _suites(data).items() if suite != "host"}
+    title = ", ".join(filter(None, (data["device"], data.get("title"))))
+    parts = [f"## {title}", data.get("note", ""), _provenance(data), data.get("beside", "")]
+    parts += [compared.ratio_table(_with_batches(suites)), compared.missing(suites)]
+    parts.append(compared.call_table([row for rows in suites.values() for row in rows]))
+    for suite, rows in _suites(data).items():
+        if suite == "host":
+            parts.append(_host_table(rows))
+            continue
+        what = "Time against length" if "T" in rows[0] else suite.capitalize()
+        parts.append(
+            f"### {what}\n\n```{{figure}} /_build/figures/{name}-{suite}.svg\n"
+            f":alt: Times of gdr and its peers, {suite}, {title}\n```"
+        )
+        if suite == "deferral":
+            parts.append(compared.slowest_table(rows))
+        if "T" in rows[0]:
+            parts += [compared.length_table(rows), _invariance_table(rows)]
+        parts.append(compared.stream_table(rows, data.get("ceilings", {})))
+    return parts
+
+
+def _with_batches(suites: dict[str, list[dict[str, Any]]]) -> dict[str, list[dict[str, Any]]]:
+    """Also steps on a ring without those of one sequence, which has no other to take turns with."""
+    found = {}
+    for suite, rows in suites.items():
+        found[suite] = rows
+        if suite == "deferral":
+            found["deferral without B=1"] = [row for row in rows if " B=1 " not in f" {row['case']} "]
+    return found
+
+
+def _performance_files() -> dict[str, dict[str, Any]]:
+    """The files of times, with other libraries' times beside those on a ring."""
+    files = _load("performance-*.json")
+    for data in files.values():
+        for suite, in_place in BESIDE.items():
+            cases = {row["case"] for row in data["rows"] if row.get("suite") == suite}
+            for other in files.values():
+                if other["device"] != data["device"]:
+                    continue
+                # What a call costs the host and how exact it is stays with that file.
+                rows = [
+                    {"suite": suite, "case": row["case"], "impl": row["impl"], "us": row["us"]}
+                    for row in other["rows"]
+                    if row.get("suite") == in_place
+                    and row["case"] in cases
+                    and row["impl"] != STREAM
+                    and not compared.own(row["impl"])
+                ]
+                if rows:
+                    data["rows"] += rows
+                    title = other.get("title", "another run")
+                    data["beside"] = f"The times of other libraries are those of “{title}”, taken on {other['date']}."
+    return files
 
 
 def _provenance(data: dict[str, Any]) -> str:
@@ -187,29 +237,31 @@ def _invariance_table(rows: list[dict[str, Any]]) -> str:
     lengths = sorted({T for _, T, impl in times if impl == INVARIANT})
     if not lengths:
         return ""
-    table = [["tokens", *map(_thousands, lengths)], ["---", *["---:"] * len(lengths)]]
-    for case in dict.fromkeys(row["case"] for row in rows):
-        pairs = [(times.get((case, T, INVARIANT)), times.get((case, T, CHUNKWISE))) for T in lengths]
-        table.append([case, *(f"{x / y:.2f}" if x and y else "" for x, y in pairs)])
-    lines = "".join(f"| {' | '.join(row)} |\n" for row in table)
-    return f"Time with `batch_invariant=True`, relative to without:\n\n{lines}"
+    cases = list(dict.fromkeys(row["case"] for row in rows))
+    lines = []
+    for T in lengths:
+        pairs = [(times.get((case, T, INVARIANT)), times.get((case, T, CHUNKWISE))) for case in cases]
+        lines.append([_thousands(T), *(f"{x / y:.2f}" if x and y else "" for x, y in pairs)])
+    table = compared.table(["tokens", *cases], lines)
+    return f"Time with `batch_invariant=True`, relative to without:\n\n{table}"
 
 
 def _sweep(rows: list[dict[str, Any]]) -> Figure:
     """Time against length, a panel for each case; dots for what is chosen."""
     cases = list(dict.fromkeys(row["case"] for row in rows))
-    impls = list(dict.fromkeys(row["impl"] for row in rows))
-    peers = iter(COLORS * 3)
+    impls = sorted(dict.fromkeys(row["impl"] for row in rows), key=lambda impl: not compared.own(impl))
+    colors = _colors(impls)
     styles: dict[str, dict[str, Any]] = {
         CHUNKWISE: {"color": BLUE},
         "gdr recurrent": {"color": "#6baed6", "linestyle": "--"},
         INVARIANT: {"color": BLUE, "linestyle": ":"},
         CHOSEN: {"color": "0.1", "linestyle": "", "marker": "o", "markersize": 3},
     }
-    styles |= {impl: {"color": next(peers), "linewidth": 1} for impl in impls if impl not in styles}
-    down = -(-len(cases) // 2)
+    styles |= {impl: {"color": colors[impl], "linewidth": 1.2} for impl in impls if impl not in styles}
+    across = min(2, len(cases))
+    down = -(-len(cases) // across)
     figure = Figure(figsize=(9, 3.4 * down + 0.6), layout="constrained")
-    panels = figure.subplots(down, 2, sharex=True, sharey=True, squeeze=False).flat
+    panels = figure.subplots(down, across, sharex=True, sharey=True, squeeze=False).flat
     for axis, case in zip(panels, cases):
         for impl in impls:
             points = sorted((row["T"], row["us"]) for row in rows if (row["case"], row["impl"]) == (case, impl))
@@ -217,9 +269,9 @@ def _sweep(rows: list[dict[str, Any]]) -> Figure:
                 axis.plot(*zip(*points), **styles[impl], label=impl)
         axis.set(title=case, xscale="log", yscale="log")
         axis.grid(alpha=0.3)
-    for axis in figure.axes[-2:]:
+    for axis in figure.axes[-across:]:
         axis.set_xlabel("tokens of the sequence")
-    for axis in figure.axes[::2]:
+    for axis in figure.axes[::across]:
         axis.set_ylabel("microseconds")
     handles = {label: line for axis in figure.axes for line, label in zip(*axis.get_legend_handles_labels())}
     figure.legend(
@@ -240,10 +292,10 @@ def _serving(data: dict[str, Any]) -> Figure:
     for row in data["rows"]:
         series[row["dtype"]][row["impl"]].append(row)
     for axis, dtype in zip(figure.subplots(1, len(dtypes), squeeze=False)[0], dtypes):
-        others, blues = iter(COLORS), iter((BLUE, "#6baed6"))
+        colors = _colors(series[dtype])
         for impl, rows in series[dtype].items():
             limits, rates = [row["limit"] for row in rows], [row["tokens_per_second"] for row in rows]
-            axis.plot(limits, rates, marker="o", ms=3, label=impl, color=next(blues if impl[:3] == "gdr" else others))
+            axis.plot(limits, rates, marker="o", ms=3, label=impl, color=colors[impl])
         axis.set(title=f"{dtype} states", xlabel="most sequences at a time", xscale="log", ylim=(0, None))
         axis.set_xticks(limits, [str(limit) for limit in limits])
         axis.minorticks_off()
@@ -268,31 +320,46 @@ def _performance(rows: list[dict[str, Any]]) -> Figure:
     """Horizontal bars by case, this library's in blue: how many times the fastest time of the case each
     takes."""
     cases = list(dict.fromkeys(row["case"] for row in rows))
-    impls = sorted({row["impl"] for row in rows}, key=lambda impl: (not impl.startswith("gdr"), impl))
-    others = iter(COLORS * 3)
-    blues = iter((BLUE, "#6baed6", "#c6dbef", "#08306b") * 3)
-    colors = {impl: next(blues) if impl.startswith("gdr") else next(others) for impl in impls}
+    ours, others = compared.impls(rows)
+    impls = [*ours, *others]
+    colors = _colors(impls)
     # Inches: a bar, and a gap of one bar between cases; above them the legend, below them the axis.
     bars = len(cases) * (len(impls) + 1)
     figure = Figure(figsize=(7.5, 0.17 * bars + 1.1), layout="constrained")
     axis = figure.subplots()
+    handles = {impl: _bar(color) for impl, color in colors.items()}
     for i, case in enumerate(cases):
-        times = {row["impl"]: row["us"] if "us" in row else 1e3 * row["ms"] for row in rows if row["case"] == case}
-        best = min(times.values())
+        times = {row["impl"]: compared.microseconds(row) for row in rows if row["case"] == case}
+        stream = times.pop(STREAM, None)
+        best, first = min(times.values()), i * (len(impls) + 1)
+        line = stream / best if stream else None
         for j, impl in enumerate(impls):
             if impl in times:
-                y, ratio = i * (len(impls) + 1) + j, times[impl] / best
+                y, ratio = first + j, times[impl] / best
                 label = _time(times[impl]) if ratio <= _LONGEST else f"{_time(times[impl])}, {ratio:.0f} times"
                 axis.barh(y, min(ratio, _LONGEST), color=colors[impl])
-                axis.text(min(ratio, _LONGEST), y, f" {label}", va="center", fontsize=8)
+                end = line if line and ratio < line < ratio + 0.5 else min(ratio, _LONGEST)
+                axis.text(end, y, f" {label}", va="center", fontsize=8)
+        if line:
+            ends = (first - 0.5, first + len(impls) - 0.5)
+            (handles[STREAM],) = axis.plot((line, line), ends, color="0.1", linewidth=1.5)
     axis.set_yticks([i * (len(impls) + 1) + (len(impls) - 1) / 2 for i in range(len(cases))], cases, fontsize=9)
     axis.set(xlabel="time, relative to the fastest of the case (shorter is better)", ylim=(bars - 1, -1))
     axis.spines[["top", "right"]].set_visible(False)
     figure.legend(
-        [_bar(color) for color in colors.values()], list(colors), frameon=False, fontsize=9,
-        loc="outside upper center", ncols=min(4, len(impls)),
+        list(handles.values()), list(handles), frameon=False, fontsize=9,
+        loc="outside upper center", ncols=min(4, len(handles)),
     )  # fmt: skip
     return figure
+
+
+def _colors(impls: Iterable[str]) -> dict[str, str]:
+    """Blue for this library's ways; each other library has a color of its own."""
+    rest, blues = iter(COLORS * 3), iter((BLUE, "#6baed6", "#c6dbef", "#08306b") * 3)
+    return {
+        impl: next(blues) if compared.own(impl) else LIBRARIES[impl] if impl in LIBRARIES else next(rest)
+        for impl in impls
+    }
 
 
 def _bar(color: str) -> Any:
