@@ -30,7 +30,8 @@ NAMES = {"numpy": "NumPy", "numba": "Numba", "cuda": "CUDA"}
 
 
 def _load(pattern: str) -> dict[str, dict[str, Any]]:
-    return {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in sorted(DATA.glob(pattern))}
+    paths = sorted(DATA.glob(pattern), key=lambda path: path.stem)
+    return {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in paths}
 
 
 def figures() -> dict[str, Figure]:
