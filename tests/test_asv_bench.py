@@ -19,7 +19,12 @@ BENCH = ROOT / "asv_bench"
 
 pytestmark = pytest.mark.skipif(not BENCH.exists(), reason="needs a checkout")
 
-GRAPHS = ("fused_recurrent.DecodeSmall.time_small", "fused_recurrent.Traffic.track_state_traffic")
+# A benchmark, and how many commits have results of it; the last has them of a GPU alone.
+GRAPHS = {
+    "fused_recurrent.DecodeSmall.time_small": 6,
+    "fused_recurrent.Traffic.track_state_traffic": 6,
+    "fused_recurrent.Device.track_device_microseconds": 3,
+}
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 
 
@@ -35,13 +40,23 @@ def test_configuration_is_of_this_repository():
 
 
 def test_results_of_several_commits_are_committed():
-    history = []
+    measured = {name: set() for name in GRAPHS}
     for machine in (BENCH / "results").glob("*/machine.json"):
-        runs = [json.loads(path.read_text()) for path in machine.parent.glob("*.json") if path != machine]
-        assert all(re.fullmatch("[0-9a-f]{40}", run["commit_hash"]) for run in runs)
-        # What a machine cannot run is null or NaN.
-        history += [run["commit_hash"] for run in runs if any(x and x == x for x in run["results"][GRAPHS[0]][0])]
-    assert len(set(history)) > 5
+        of_machine = json.loads(machine.read_text())
+        of_machine.pop("version")
+        for path in set(machine.parent.glob("*.json")) - {machine}:
+            run = json.loads(path.read_text())
+            assert re.fullmatch("[0-9a-f]{40}", run["commit_hash"])
+            assert path.name == f"{run['commit_hash'][:8]}-{run['env_name']}.json"
+            # A graph is of one set of these, and asv puts paths into them.
+            assert run["params"] == of_machine | run["requirements"] | {"python": run["python"]}
+            assert re.fullmatch(r"3\.\d+", run["python"])
+            assert "/" not in run["env_name"]
+            for name in GRAPHS:
+                # What a machine cannot run is null or NaN.
+                if any(x is not None and x == x for x in run["results"].get(name, [[]])[0] or []):
+                    measured[name].add(run["commit_hash"])
+    assert all(len(measured[name]) >= least for name, least in GRAPHS.items()), measured
     assert sum(path.stat().st_size for path in (BENCH / "results").rglob("*.json")) < 1 << 20
 
 
@@ -83,9 +98,7 @@ def _rendered(address, profile):
 
 
 @pytest.mark.browser
-@pytest.mark.parametrize(
-    "name", ["fused_recurrent.DecodeSmall.time_small", "fused_recurrent.Traffic.track_state_traffic"]
-)
+@pytest.mark.parametrize("name", GRAPHS)
 def test_pages_open_and_draw_a_graph(pages, tmp_path, name):
     index = _rendered(pages, tmp_path / "profile")
     assert name in index
