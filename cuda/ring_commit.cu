@@ -20,10 +20,19 @@ struct CommitParams {
     u32 H, HV, entries, key_bytes, update_bytes;
 };
 
+// Numbers are loaded where the code says.
 template <int kBytes>
 __device__ __forceinline__ i64 number(const char* from, i64 i) {
-    if constexpr (kBytes == 8) return reinterpret_cast<const i64*>(from)[i];
-    else return reinterpret_cast<const int*>(from)[i];
+    u32 words[2];
+    if constexpr (kBytes == 4) return static_cast<int>(ptx::load4(from + i * 4));
+    ptx::load8(from + i * 8, words);
+    return static_cast<i64>(static_cast<unsigned long long>(words[1]) << 32 | words[0]);
+}
+
+// The lower half of an index of 8 bytes is the whole of what is in bounds.
+template <int kBytes>
+__device__ __forceinline__ i64 peek(const char* from, i64 i) {
+    return static_cast<int>(ptx::peek4(from + i * kBytes));
 }
 
 // Moves rows of `words` words from positions base + path[i] to base + i. A thread moves the same words of every row,
@@ -68,14 +77,27 @@ extern "C" __global__ void __launch_bounds__(kThreads, 8) ring_commit(const __gr
     } shared;
     const u32 n = blockIdx.x;
     ptx::let_kernel_behind_start();
+    // What a slot has is loaded together with the slot, from where that most likely is: as far as one can see while kernels
+    // ahead may still run.
+    i64 slot = ptx::kStartsEarly ? peek<GDR_SLOTS>(p.slots, n) : -1;
     ptx::wait_for_kernels_ahead();
-    const i64 slot = number<GDR_SLOTS>(p.slots, n);
+    u32 word = 0, parents_words[4];
+    const auto exists = [&](i64 slot) { return slot >= 0 && slot < p.num_slots; };
+    const auto load = [&] {
+        word = ptx::load4(p.fills + slot * 2);
+        ptx::load16(p.draft_parents + slot * kMost, parents_words);
+    };
+    if (exists(slot)) load();
     i64 wanted = 0;
     if constexpr (GDR_ACCEPTED != 0) wanted = number<GDR_ACCEPTED>(p.accepted, n);
-    if (slot < 0 || slot >= p.num_slots) return;
+    const i64 actual = number<GDR_SLOTS>(p.slots, n);
+    if (!exists(actual)) return;
+    if (slot != actual) {
+        slot = actual;
+        load();
+    }
+    const uint4 parents = make_uint4(parents_words[0], parents_words[1], parents_words[2], parents_words[3]);
     u32* const fill = p.fills + slot * 2;
-    const u32 word = *fill;
-    const uint4 parents = *reinterpret_cast<const uint4*>(p.draft_parents + slot * kMost);
     const u32 pending = min(word & 0xff, p.entries), half = word >> 24 & 1;
     const int drafts = static_cast<int>(min(min(word >> 16 & 0xff, p.entries - pending), u32{kMost}));
     int count = static_cast<int>(max(min(wanted, i64{drafts}), 0ll));

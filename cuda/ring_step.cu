@@ -43,9 +43,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, GDR_MIN_BLOCKS) ring_step
     const int own = tile.own(), place = place_of(own), half = tile.part % 2;
     const bool exists = kV % kRows == 0 || first_row + own < kV;
 
-    ptx::let_kernel_behind_start();
-    if constexpr (kPrefetches) prefetch(p, block);
-    ptx::wait_for_kernels_ahead();
+    take_turn(p, block);
     // Every load is issued before anything waits for one.
     const Rows rows(p.call, block.n);
     LaneToken::Words words;

@@ -152,9 +152,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, GDR_MIN_BLOCKS)
     const int first_row = block.slice * kRows, own = warp * (16 * kTiles) + kOwn * g, row = first_row + own;
     const bool exists = kV % kRows == 0 || row < kV;
     const Span span{block.n, 0, 1};
-    ptx::let_kernel_behind_start();
-    if constexpr (kPrefetches) prefetch(p, block);
-    ptx::wait_for_kernels_ahead();
+    take_turn(p, block);
 
     // Every load is issued before anything waits for one.
     const Rows rows(p.call, block.n);

@@ -122,9 +122,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, GDR_MIN_BLOCKS)
     StateTile tile;
     const int own = tile.own(), place = place_of(own);
 
-    ptx::let_kernel_behind_start();
-    if constexpr (kPrefetches) prefetch(p, block);
-    ptx::wait_for_kernels_ahead();
+    take_turn(p, block);
     const Rows rows(p.call, block.n);
     LaneToken::Words words[kTokenPasses];
     GateBits gates[kTokenPasses];

@@ -413,9 +413,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, GDR_MIN_BLOCKS)
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
     const int first_row = block.slice * kRows, own = warp * (8 * kTiles), row = first_row + own;
     const bool exists = kV % kRows == 0 || row < kV;
-    ptx::let_kernel_behind_start();
-    if constexpr (kPrefetches) prefetch(p, block);
-    ptx::wait_for_kernels_ahead();
+    take_turn(p, block);
     const Span span = find_span(p.call, block.n);
     const int T = static_cast<int>(span.length);
 
@@ -444,10 +442,11 @@ extern "C" __global__ void __launch_bounds__(kThreads, GDR_MIN_BLOCKS)
     if (work.padding) return write_zeros(p.call, span, block.hv, first_row, min(first_row + kRows, kV));
     const i64 slot = rows.read.value();
     u32* const counts = p.ring.fills + slot * 2;
+    // The tokens are waited for before the state is asked for: a wait for copies is one for the loads before it, too.
+    ptx::wait_copies();
     const Fill fill(ptx::load4(counts));
     StateRows state;
     state.load(work.read, row, exists, g, t);
-    ptx::wait_copies();
     __syncthreads();
     if (warp == 0) multiply_drafts(p.call, shared, g, t);
     if (warp == 1) gates.open(p, T, g, t, shared);

@@ -98,8 +98,8 @@ def _cupy() -> types.SimpleNamespace:
 class Kernel:
     """A kernel compiled for the host; launched like the loader's."""
 
-    def __init__(self, stem: str, library: Any) -> None:
-        self.stem, self._library = stem, library
+    def __init__(self, stem: str, library: Any, lies: bool = False) -> None:
+        self.stem, self._library, self._lies = stem, library, lies
 
     def launch(
         self,
@@ -111,18 +111,26 @@ class Kernel:
     ) -> None:
         assert self._library.size_of_params() == params.size
         assert 0 not in grid
+        self._library.lie(self._lies)
         assert self._library.run(params.buffer, *grid, block[0]) == 0, f"{self.stem}: threads wait for each other"
 
 
 @contextmanager
 def gpu(
-    monkeypatch: pytest.MonkeyPatch, directory: Path, capability: int = 90, multiprocessors: int = 132
+    monkeypatch: pytest.MonkeyPatch,
+    directory: Path,
+    capability: int = 90,
+    multiprocessors: int = 132,
+    lies: bool = False,
 ) -> Iterator[None]:
-    """Let calls with `DeviceArray`s run on an emulated GPU of a compute capability."""
+    """Let calls with `DeviceArray`s run on an emulated GPU of a compute capability.
+
+    With `lies`, what kernels see before they wait for those ahead is wrong now and then.
+    """
     card = loader.Gpu(capability, multiprocessors, {80: 163 << 10, 90: 227 << 10}[capability])
 
     def load(stem: str, defines: Mapping[str, loader.Define], device: int) -> Kernel:
-        return Kernel(stem, _build(stem, tuple(sorted(defines.items())), directory))
+        return Kernel(stem, _build(stem, tuple(sorted(defines.items())), directory), lies)
 
     with monkeypatch.context() as patch:
         patch.setitem(_arrays._by_type, DeviceArray, _DeviceArrays())

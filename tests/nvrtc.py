@@ -91,7 +91,8 @@ def compile(stem: str, defines: Mapping[str, loader.Define], arch: int, director
     def number(pattern: str) -> int:
         return sum(int(match) for match in re.findall(pattern, entry))
 
-    first = re.search(r"\bgriddepcontrol\.wait|\b(?:ld(?!\.relaxed)|st|atom|red|cp)\.[\w.:]*global|\bcp\.async", ptx)
+    used = r"\b(?:(?:ld(?!\.relaxed)|st|atom|red)\.[\w.:]*global|cp\.async(?!\.bulk\.prefetch))"
+    first = re.search(rf"\bgriddepcontrol\.wait|{used}", ptx)
     argument = re.search(rf"\.param \.align \d+ \.b8 {stem}_param_0\[(\d+)\]", ptx)
     return Compiled(
         stem=stem,

@@ -70,6 +70,7 @@ struct Fiber {
 inline Fiber fibers[kMostThreads];
 inline ucontext_t scheduler;
 inline int current, threads, live;
+inline bool lies;  // what peek4 sees is wrong now and then
 
 struct Index {
     unsigned x, y, z;

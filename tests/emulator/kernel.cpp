@@ -20,6 +20,7 @@ static void run_thread() {
 }
 
 extern "C" int size_of_params() { return sizeof params; }
+extern "C" void lie(bool whether) { lies = whether; }
 
 // 0; 1 where threads wait for each other for ever.
 extern "C" int run(const void* arguments, int blocks_x, int blocks_y, int blocks_z, int threads_of_block) {

@@ -134,6 +134,13 @@ __device__ __forceinline__ u32 peek4(const void* from) {
 // Brings the 128 bytes around an address into L2. Whoever writes them later writes them there.
 __device__ __forceinline__ void prefetch(const void* from) { asm volatile("prefetch.global.L2 [%0];" ::"l"(from)); }
 
+// The same of `bytes` bytes, both multiples of 16, by the copy engine.
+__device__ __forceinline__ void prefetch_bulk(const void* from, u32 bytes) {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(from), "r"(bytes) : "memory");
+#endif
+}
+
 // Makes a register's value unknown to the compiler, which then converts it again where it is used rather than keep
 // the converted values alive.
 __device__ __forceinline__ void forget(u32& x) { asm volatile("" : "+r"(x)); }

@@ -448,35 +448,58 @@ struct StateTile {
     }
 };
 
-// Bytes of a line of L2.
-constexpr int kLine = 128;
-
-__device__ __forceinline__ void prefetch_bytes(const char* from, int bytes) {
-    for (int at = threadIdx.x * kLine; at < bytes; at += kThreads * kLine) ptx::prefetch(from + at);
-}
-
-// Fetches into L2 what a block will read of its slot, while kernels ahead may still run: what is read here decides
-// nothing but that.
+// Fetches into L2 what a block will read of the slot that its sequence will most likely have, and of its tokens, while
+// kernels ahead may still run: what is read here decides nothing but that. The state, which takes longest, comes first.
 __device__ __forceinline__ void prefetch(const RingParams& p, const Block<kBlocks>& block) {
+    constexpr int kLine = 128;  // bytes of a line of L2
+    const int thread = threadIdx.x, first_row = block.slice * kRows, rows = min(kRows, kV - first_row);
     i64 slot = block.n;
     if constexpr (kInitialSlots != 0)  // of an index of 8 bytes the lower half is the whole of what is in bounds
         slot = ptx::peek4(p.call.initial_slots + i64{block.n} * kInitialSlots);
-    if (slot >= p.call.initial_rows) return;
-    const char* const state =
-        p.call.initial_state + slot * p.call.initial_strides.slot + block.hv * p.call.initial_strides.head;
-    const int first_row = block.slice * kRows, rows = min(kRows, kV - first_row);
-    const Entries entries(p.ring, slot, 0, block.h, block.hv);
-    if constexpr (kVk) prefetch_bytes(state + i64{first_row} * kK * bytes_of(kState), rows * kK * bytes_of(kState));
-    prefetch_bytes(entries.keys, kEntries * kK * bytes_of(kState));
-    constexpr int kLines = ceil_div(kRows * bytes_of(kState), kLine);
-    for (int i = threadIdx.x; i < kEntries * kLines; i += kThreads)
-        if (i % kLines * kLine < rows * bytes_of(kState))
-            ptx::prefetch(entries.update(i / kLines, first_row) + i % kLines * kLine);
-    if (threadIdx.x == 0) {
-        ptx::prefetch(p.ring.fills + slot * 2);
-        ptx::prefetch(entries.gates);
-        ptx::prefetch(entries.key_scales);
+    if (slot < p.call.initial_rows) {
+        const char* const state =
+            p.call.initial_state + slot * p.call.initial_strides.slot + block.hv * p.call.initial_strides.head;
+        const Entries entries(p.ring, slot, 0, block.h, block.hv);
+        if constexpr (kAlignedStates) {
+            if (kVk && thread == 0)
+                ptx::prefetch_bulk(state + i64{first_row} * kK * bytes_of(kState), rows * kK * bytes_of(kState));
+            if (thread == 0) ptx::prefetch_bulk(entries.keys, kEntries * kK * bytes_of(kState));
+            if (thread < kEntries) ptx::prefetch_bulk(entries.update(thread, first_row), rows * bytes_of(kState));
+        }
+        if (thread == 0) {
+            ptx::prefetch(p.ring.fills + slot * 2);
+            ptx::prefetch(entries.gates);
+            ptx::prefetch(entries.key_scales);
+        }
     }
+
+    const Span span = find_span(p.call, block.n);
+    const int T = span.length;
+    constexpr int kLines = ceil_div(kK * bytes_of(kQkv), kLine), kValueLines = ceil_div(kRows * bytes_of(kQkv), kLine);
+    for (int i = thread; i < T * kLines; i += kThreads) {
+        ptx::prefetch(row_of(p.call.k, p.call.k_strides, span, i / kLines, block.h) + i % kLines * kLine);
+        ptx::prefetch(row_of(p.call.q, p.call.q_strides, span, i / kLines, block.h) + i % kLines * kLine);
+    }
+    for (int i = thread; i < T * kValueLines; i += kThreads) {
+        const int row = i % kValueLines * (kLine / bytes_of(kQkv));
+        if (row < rows)
+            ptx::prefetch(
+                at(row_of(p.call.v, p.call.v_strides, span, i / kValueLines, block.hv), kQkv, first_row + row));
+    }
+    if (thread < T) {
+        ptx::prefetch(row_of(p.call.a, p.call.a_strides, span, thread, block.hv));
+        ptx::prefetch(row_of(p.call.b, p.call.b_strides, span, thread, block.hv));
+    }
+}
+
+// Waits for the kernels ahead, and lets the one behind start. Where a kernel leaves room for others, that is when it runs
+// itself: else the blocks of a whole row of kernels would wait on the multiprocessors, and when one of these kernels came
+// to run, several of its blocks would share a multiprocessor.
+__device__ __forceinline__ void take_turn(const RingParams& p, const Block<kBlocks>& block) {
+    if constexpr (kPrefetches) prefetch(p, block);
+    else ptx::let_kernel_behind_start();
+    ptx::wait_for_kernels_ahead();
+    if constexpr (kPrefetches) ptx::let_kernel_behind_start();
 }
 
 }  // namespace gdr

@@ -53,11 +53,19 @@ inline void wait_copies() {}
 inline char* dynamic_shared() { return shared; }
 constexpr bool kStartsEarly = true;
 inline u32 peek4(const void* from) {
+    static unsigned count;
     u32 x;
     memcpy(&x, from, 4);
-    return x;
+    return lies && count++ % 3 == 0 ? x ^ 1 : x;  // as if a kernel ahead would yet write it
 }
 inline void prefetch(const void* from) { (void)*static_cast<const volatile char*>(from); }  // must exist
+inline void prefetch_bulk(const void* from, u32 bytes) {
+    if ((reinterpret_cast<size_t>(from) | bytes) % 16) {
+        fprintf(stderr, "no multiple of 16 bytes to prefetch\n");
+        abort();
+    }
+    prefetch(from), prefetch(static_cast<const char*>(from) + bytes - 1);
+}
 inline void wait_for_kernels_ahead() { fibers[current].waited = true; }
 inline void let_kernel_behind_start() {}
 inline void forget(u32&) {}
