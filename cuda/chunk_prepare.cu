@@ -40,16 +40,8 @@ __device__ __forceinline__ void copy_out(char* to, const char* from, int bytes) 
 __device__ __forceinline__ void fill_factors(Gates* gates, HeadTile* out, int heads, float scale) {
     const int t = threadIdx.x % kC, block = t / 16 * 16;
 #pragma unroll 1
-    for (int head = threadIdx.x / kC; head < heads; head += 32 * kWarps / kC) {
-        Gates& to = gates[head];
-        const Sum* G = to.G;
-        const Sum x = G[t], none = {0.f, 0.f}, middle = G[block + 7];
-        const float d = decay(x, none);
-        to.from_start[t] = decay(x, block == 0 ? none : G[block - 1]);
-        to.to_end[t] = decay(G[block + 15], x);
-        to.middle[t] = decay(t % 16 < 8 ? middle : x, t % 16 < 8 ? x : middle);
-        out[head].d[t] = d, out[head].scaled_d[t] = d * scale, out[head].e[t] = decay(G[kC - 1], x);
-    }
+    for (int head = threadIdx.x / kC; head < heads; head += 32 * kWarps / kC)
+        fill_factors(gates[head], out[head], t, block, scale);
 }
 
 // Brings keys and queries; `meanwhile` runs while the first of them are on their way. Rows past the sequence's end are
@@ -78,8 +70,11 @@ __device__ __forceinline__ void fill_keys(const Params& p, Shared& sm, const Pla
                 if (token + (first + i) % 2 * 32 >= place.tokens) rows[i].clear();
         }
 #pragma unroll
-        for (int i = 0; i < kAtOnce; ++i)
-            rows[i].store(sm.K + offset + (first + i) / 2 * kKeyTileBytes + (first + i) % 2 * 4 * kMatrixBytes);
+        for (int i = 0; i < kAtOnce; ++i) {
+            char* to = sm.K + offset + (first + i) / 2 * kKeyTileBytes + (first + i) % 2 * 4 * kMatrixBytes;
+            rows[i].convert(rows[i].norm_factor());
+            rows[i].store([&](int j) { return to + j * 4 * kKeyStep; });
+        }
     }
 }
 
@@ -107,7 +102,7 @@ extern "C" __global__ void __launch_bounds__(32 * kWarps, 4) chunk_prepare(const
     GateBits bits;
     if (warp < heads) bits.load(p, place, h * p.group + first + warp);
     fill_keys(p, sm, place, [&] {
-        if (warp < heads) bits.finish(p, place, sm.gates[warp]);
+        if (warp < heads) bits.finish(p, place.tokens, sm.gates[warp]);
     });
     publish_to_engines();
     __syncthreads();
@@ -129,8 +124,10 @@ extern "C" __global__ void __launch_bounds__(32 * kWarps, 4) chunk_prepare(const
         for (int i = 0; i < kHeadsAtOnce; ++i) {
             if (head + i >= heads) break;
             const Gates& gates = sm.gates[head + i];
-            fill_lower(gates, products, sm.triangles[i], warp);
-            fill_scores<Packed>(gates, products, out[head + i].P, p.scale, kRows - 1 - warp);
+            fill_lower<ByDistance>(gates, products[0], [&](int n) { return products[n]; }, sm.triangles[i], warp);
+            fill_scores<Packed, ByDistance>(
+                gates, products[kRows], [&](int n) { return products[kRows - n]; }, out[head + i].P, p.scale,
+                kRows - 1 - warp);
         }
         __syncthreads();
         const int mine = head + warp % 2;
@@ -138,8 +135,9 @@ extern "C" __global__ void __launch_bounds__(32 * kWarps, 4) chunk_prepare(const
         const Gates& gates = sm.gates[mine];
         char* T = out[mine].T;
         if (mine < heads) {
-            if (warp < 2) invert_columns<Packed, 0>(triangle, gates, T);
-            else invert_columns<Packed, 8>(triangle, gates, T);
+            const int lane = threadIdx.x % 32;
+            if (warp < 2) invert_column<Packed, 0>(triangle, gates, T, lane / 8, lane % 8);
+            else invert_column<Packed, 8>(triangle, gates, T, lane / 8, 8 + lane % 8);
         }
         __syncthreads();
         if (mine < heads) {

@@ -7,8 +7,8 @@
 // requires: sm_90
 // options: -arch=sm_90a
 namespace gdr {
-constexpr int kColumns = GDR_COLUMNS, kSplit = 1, kStages = GDR_STAGES;
-constexpr bool kCompose = GDR_COMPOSE;
+constexpr int kColumns = GDR_COLUMNS, kSplit = 1, kStages = GDR_STAGES, kFirstWarp = 0;
+constexpr bool kCompose = GDR_COMPOSE, kLean = false;
 }  // namespace gdr
 
 #include "gdr/chunk_walk.cuh"
@@ -42,6 +42,7 @@ struct Feed {
     __device__ __forceinline__ void wait() const { sm.full[at].wait(parity); }
     __device__ __forceinline__ const Stage& stage() const { return sm.stages[at]; }
     __device__ __forceinline__ u32 squares() const { return shared_address(sm.stages[at].squares); }
+    __device__ __forceinline__ Outputs& outputs() { return sm.outputs; }
     __device__ __forceinline__ void next() {
         before = at;
         if (++at == kStages) at = 0, parity ^= 1;
@@ -161,7 +162,7 @@ extern "C" __global__ void __launch_bounds__(kBlockThreads, 1) chunk_state_sm90(
     if (threadIdx.x == 0) {
 #pragma unroll
         for (int i = 0; i < kStages; ++i) sm.full[i].init(33), sm.empty[i].init(kWarps);
-        sm.outputs.init();
+        sm.outputs.init(kStorers);
         Barrier::publish_inits();
     }
     publish_to_engines();
@@ -177,7 +178,7 @@ extern "C" __global__ void __launch_bounds__(kBlockThreads, 1) chunk_state_sm90(
         State S;
         load_state(p, work, S, column, 0);
         Feed feed{sm};
-        compute(work, feed, sm.outputs, S);
+        compute(work, feed, S);
         save_state(p, work, S, column, 0);
     }
 }

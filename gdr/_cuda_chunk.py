@@ -1,7 +1,8 @@
 """Launches the chunkwise rule on a CUDA device: a kernel for what belongs to each chunk alone, one that walks them.
 
 Where few states leave the device idle, long sequences are cut into segments that are walked at the same time, once two
-more kernels have found the states between them; cuda/include/gdr/chunk.cuh says how.
+more kernels have found the states between them; cuda/include/gdr/chunk.cuh says how.  Where the states nearly fill the
+device, _cuda_chunk_fused launches one kernel that does it all.
 
 How a call is cut up follows from shapes, dtypes and the device, never from data.  What the kernels do not take runs on
 the fused recurrence, which gives the same answer: V that is no multiple of 16; devices before compute capability 8.0;
@@ -16,7 +17,7 @@ from functools import reduce
 from operator import or_
 from typing import Any, NamedTuple
 
-from gdr import _arrays, _cuda_chunk_f32, _cuda_fused_recurrent, _cuda_loader
+from gdr import _arrays, _cuda_chunk_f32, _cuda_chunk_fused, _cuda_fused_recurrent, _cuda_loader
 from gdr._backends import CHUNK_FROM
 from gdr._cuda_fused_recurrent import SIZES, TYPES, Pointers
 from gdr._cuda_loader import Gpu, describe_gpu
@@ -30,7 +31,7 @@ MAX_WORKSPACE = 512 << 20
 # The C struct Params of chunk.cuh: pointers; scalars and the chunks of this launch; then what a Spec fixes.
 _params = _cuda_loader.Params("18Q 3f2i 18q 6q 2q 2q q 5i 4i 3i")
 PARAMS = dict.fromkeys(("chunk_prepare", "chunk_state", "chunk_state_sm90", "chunk_combine"), _params)
-PARAMS |= dict.fromkeys(("chunk_prepare_f32", "chunk_state_f32"), _params)
+PARAMS |= dict.fromkeys(("chunk_prepare_f32", "chunk_state_f32", "chunk_fused_sm90"), _params)
 
 _HEAD_TILE = 2 * 10 * 512 + 3 * CHUNK * 4  # bytes of T, P and the decays of a chunk and value head
 _captured: list[Any] = []  # workspaces of CUDA graphs, which live as long as the process
@@ -68,6 +69,7 @@ class Cut(NamedTuple):
 
     tile: Tile
     segment: int = 0  # chunks of a segment; 0 for sequences as they are
+    fused: bool = False  # one kernel does all: chunk_fused_sm90
 
     @property
     def compose(self) -> Tile:
@@ -147,11 +149,11 @@ def _runner(call: Call) -> Callable[[Call], None]:
     return _cuda_fused_recurrent.run if plan is None else plan.run
 
 
-def make_plan(call: Call) -> Plan | _cuda_chunk_f32.Plan | None:
+def make_plan(call: Call) -> Plan | _cuda_chunk_f32.Plan | _cuda_chunk_fused.Plan | None:
     """Plan a call; None where the fused recurrence runs instead."""
     chosen = choose(call.spec, describe_gpu(int(call.spec.device)), call.batch_invariant)
     if isinstance(chosen, Cut):
-        return Plan(call, chosen)
+        return _cuda_chunk_fused.Plan(call, chosen.tile.columns) if chosen.fused else Plan(call, chosen)
     return None if isinstance(chosen, str) else _cuda_chunk_f32.Plan(call, chosen)
 
 
@@ -233,10 +235,11 @@ def count_chunks(spec: Spec) -> int:
 def pick_cut(spec: Spec, batch_invariant: bool, gpu: Gpu) -> Cut | None:
     """Choose how to divide a call that chunks can do, or None where nothing fits into shared memory.
 
-    Columns never show in the bits of a result; splits of keys and segments do, so `batch_invariant` fixes them.
+    Columns never show in the bits of a result; splits of keys, segments and whether one kernel does all do, so
+    `batch_invariant` fixes them.
     """
     if gpu.capability == 90 and spec.K <= 128 and spec.V % 64 == 0:
-        cuts = _cuts_by_warpgroups(spec, batch_invariant)
+        cuts = _cuts_by_warpgroups(spec, batch_invariant, gpu)
         return min(cuts, key=lambda cut: _estimate(spec, cut, gpu))
     tiles = [
         tile
@@ -261,9 +264,13 @@ def _fits(tile: Tile, K: int, batch_invariant: bool, gpu: Gpu) -> bool:
     return tile.split == (2 if tile.columns <= 32 else 1) or gpu.shared < 128 << 10
 
 
-def _cuts_by_warpgroups(spec: Spec, batch_invariant: bool) -> Iterator[Cut]:
+def _cuts_by_warpgroups(spec: Spec, batch_invariant: bool, gpu: Gpu) -> Iterator[Cut]:
     chunks = count_chunks(spec)
     widest = 64 if spec.V % 128 else 128
+    # With fewer blocks the one kernel would leave a long sequence to a few of them.
+    filled = spec.N * spec.HV * (spec.V // widest) >= 0.67 * gpu.multiprocessors
+    if filled and not batch_invariant and _cuda_chunk_fused.takes(spec):
+        yield Cut(Tile(widest, 1, 3, warpgroups=True), fused=True)
     for columns in (64, 128)[: widest // 64]:
         tile = Tile(columns, 1, 3, warpgroups=True)
         yield Cut(tile)
@@ -279,9 +286,18 @@ def _cuts_by_warpgroups(spec: Spec, batch_invariant: bool) -> Iterator[Cut]:
 _WALK_LATENCY, _COMPOSE_LATENCY, _BANDWIDTH = {64: 0.95, 128: 1.5}, {64: 0.8, 128: 1.05}, {64: 2.35e6, 128: 2.6e6}
 
 
+# The same of the one kernel: microseconds of a chunk and until a block's first one is there. Bytes that chunk_prepare
+# moves in a microsecond.
+_FUSED_LATENCY, _FUSED_START, _PREPARE_BANDWIDTH = 3.1, 15, 2.6e6
+
+
 def _estimate(spec: Spec, cut: Cut, gpu: Gpu) -> float:
-    """Microseconds of the walks, as if all sequences were of one length."""
+    """Microseconds of a call, as if all sequences were of one length, or nearly so."""
     chunks = -(-count_chunks(spec) // spec.N)
+    if cut.fused:
+        blocks = spec.N * spec.HV * (spec.V // cut.tile.columns)
+        longest = chunks * (1 + 0.3 / (spec.N - 1)) if spec.varlen and spec.N > 1 else chunks  # of few, one is longer
+        return -(-blocks // gpu.multiprocessors) * (_FUSED_START + longest * _FUSED_LATENCY)
     segments = -(-chunks // cut.segment) if cut.segment else 1
     columns, steps = cut.tile.columns, cut.segment or chunks
     key_tile = _key_tile(spec.K) / (spec.HV // spec.H)
@@ -295,7 +311,9 @@ def _estimate(spec: Spec, cut: Cut, gpu: Gpu) -> float:
         heads = min(blocks, gpu.multiprocessors) * columns / all_columns
         return 9 + waves * steps * max(latency, heads * bytes_a_chunk / _BANDWIDTH[columns])
 
-    total = walk(segments, spec.V, _WALK_LATENCY[columns], 2 * key_tile + _HEAD_TILE + 2 * values)
+    prepared = 4 * CHUNK * spec.K * spec.H + 2 * _key_tile(spec.K) * spec.H + _HEAD_TILE * spec.HV
+    total = 3 + count_chunks(spec) * prepared / _PREPARE_BANDWIDTH
+    total += walk(segments, spec.V, _WALK_LATENCY[columns], 2 * key_tile + _HEAD_TILE + 2 * values)
     if cut.segment:
         all_columns, bytes_a_chunk = spec.V + _align(spec.K, 64), key_tile + _HEAD_TILE / 2 + values
         total += walk(segments - 1, all_columns, _COMPOSE_LATENCY[columns], bytes_a_chunk) + 2 * segments
@@ -318,6 +336,8 @@ def _specialize(
     spec: Spec, cut: Cut, aligned: bool, wide: bool = False
 ) -> list[tuple[str, dict[str, _cuda_loader.Define]]]:
     """Stems and definitions of a call's kernels, in order."""
+    if cut.fused:
+        return [_cuda_chunk_fused.specialize(spec, cut.tile.columns, aligned, wide)]
     shared, state, none, gates = definitions(spec, aligned, wide)
 
     def walk(tile: Tile) -> tuple[str, dict[str, _cuda_loader.Define]]:

@@ -3,6 +3,7 @@ change."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -51,12 +52,35 @@ def assert_chunk(x: Inputs, rtol_o: float | None = None, rtol_h: float | None = 
     assert_close(h, want_h, rtol=rtol_h or RTOL_STATE[x.v.dtype.name], name="h")
 
 
+@pytest.fixture(params=["chosen", "fused"])
+def kernels(request: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Calls run on the kernels that they choose, then on the one that does all where it can."""
+    if request.param == "chosen":
+        yield
+        return
+    if cuda_chunk.describe_gpu(0).capability != 90 or request.node.callspec.params.get("dtype") == "float32":
+        pytest.skip("not on this GPU")
+    choose = cuda_chunk.pick_cut
+
+    def pick(spec: Any, batch_invariant: bool, gpu: Any) -> cuda_chunk.Cut | None:
+        if spec.K > 128 or spec.V % 64:
+            return choose(spec, batch_invariant, gpu)
+        return cuda_chunk.Cut(cuda_chunk.Tile(64 if spec.V % 128 else 128, 1, 3, True), fused=True)
+
+    monkeypatch.setattr(cuda_chunk, "pick_cut", pick)
+    _inputs.forget()
+    yield
+    _inputs.forget()
+
+
+@pytest.mark.usefixtures("kernels")
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
 @pytest.mark.parametrize("gates", ["ordinary", "slow", "fast", "none"])
 def test_accuracy(dtype: str, gates: str) -> None:
     assert_chunk(make_inputs(B=2, T=400, H=2, HV=4, K=128, V=128, dtype=dtype, gates=gates))
 
 
+@pytest.mark.usefixtures("kernels")
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 @pytest.mark.parametrize("T", [1, 2, 15, 16, 17, 31, 33, 63, 64, 65, 127, 128, 129, 200, 1000])
 def test_lengths(T: int, dtype: str) -> None:
@@ -64,6 +88,7 @@ def test_lengths(T: int, dtype: str) -> None:
     assert_chunk(x, batch_invariant=T < 32)  # which leaves no choice
 
 
+@pytest.mark.usefixtures("kernels")
 @pytest.mark.parametrize("lengths", [[0, 1, 63, 0, 65, 64, 200, 0], [130], [3] * 70, [0, 1], [64, 128, 64]])
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 @pytest.mark.parametrize("layout", ["kv", "vk"])
@@ -72,6 +97,7 @@ def test_packed_sequences(lengths: list[int], layout: str, dtype: str) -> None:
     assert_chunk(x, state_layout=layout, batch_invariant=max(lengths) < 32)
 
 
+@pytest.mark.usefixtures("kernels")
 @pytest.mark.parametrize("K", [32, 64, 96, 100, 128, 192, 256])
 @pytest.mark.parametrize("V", [16, 32, 64, 96, 128, 256])
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
@@ -132,6 +158,7 @@ def test_one_long_sequence_with_few_heads_is_cut() -> None:
     assert_chunk(x)
 
 
+@pytest.mark.usefixtures("kernels")
 @pytest.mark.parametrize("keys", ["random", "correlated"])
 @pytest.mark.parametrize("normalize", [False, True])
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
@@ -161,6 +188,7 @@ def test_raw_gates_and_norm_from_a_pool(keys: str, normalize: bool, dtype: str) 
     assert_same_bits(got[untouched], x.state[untouched])
 
 
+@pytest.mark.usefixtures("kernels")
 @pytest.mark.parametrize("state_dtype", ["float32", "float16", "bfloat16"])
 @pytest.mark.parametrize("layout", ["kv", "vk"])
 def test_state_dtypes(state_dtype: str, layout: str) -> None:
@@ -168,6 +196,7 @@ def test_state_dtypes(state_dtype: str, layout: str) -> None:
     assert_chunk(x, state_layout=layout)
 
 
+@pytest.mark.usefixtures("kernels")
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 @pytest.mark.parametrize("decay", [0.0, -1e-6, -80.0, -1e4, -np.inf])
 def test_extreme_decays(decay: float, dtype: str) -> None:
@@ -183,12 +212,14 @@ def test_extreme_decays(decay: float, dtype: str) -> None:
         assert np.isfinite(o.astype(np.float32)).all()
 
 
+@pytest.mark.usefixtures("kernels")
 @pytest.mark.parametrize(("dtype", "rtol_o", "rtol_h"), [("bfloat16", 8e-3, 4e-3), ("float32", None, None)])
 def test_correlated_keys(dtype: str, rtol_o: float | None, rtol_h: float | None) -> None:
     x = make_inputs(B=1, T=512, H=2, HV=4, K=128, V=128, dtype=dtype, keys="correlated", gates="none")
     assert_chunk(x, rtol_o, rtol_h)
 
 
+@pytest.mark.usefixtures("kernels")
 @pytest.mark.parametrize(
     ("dtype", "scale"), [("bfloat16", 1e-3), ("bfloat16", 1e4), ("float32", 1e-25), ("float32", 1e30)]
 )
@@ -198,6 +229,7 @@ def test_magnitudes(dtype: str, scale: float) -> None:
     assert_chunk(x, initial_state=(x.initial_state * scale).astype(np.float32))
 
 
+@pytest.mark.usefixtures("kernels")
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 @pytest.mark.parametrize("name", ["q", "k", "v", "out"])
 def test_strides_and_odd_addresses(name: str, dtype: str) -> None:
@@ -227,6 +259,7 @@ def test_many_sequences_and_heads_and_short_workspace(dtype: str, monkeypatch: p
     _inputs.forget()
 
 
+@pytest.mark.usefixtures("kernels")
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_same_bits_every_time_and_in_any_batch(dtype: str) -> None:
     x = make_inputs(lengths=[200, 64, 333], H=2, HV=4, K=128, V=128, dtype=dtype)
@@ -244,6 +277,7 @@ def test_same_bits_every_time_and_in_any_batch(dtype: str) -> None:
     assert_same_bits(h1, h[2:])
 
 
+@pytest.mark.usefixtures("kernels")
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_capture(dtype: str) -> None:
     import cupy

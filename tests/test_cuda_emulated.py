@@ -84,15 +84,19 @@ def test_chunk(capability: int, layout: str, dtype: str) -> None:
     assert_chunk(x, state_layout=layout, use_qk_l2norm_in_kernel=True)
 
 
-@pytest.mark.parametrize("dtype", ["float16", "float32"])
-def test_chunk_at_odd_addresses(capability: int, dtype: str) -> None:
-    x = make_inputs(B=1, T=80, H=1, HV=1, K=100, V=64, dtype=dtype)
+def at_odd_addresses(dtype: str, V: int) -> Inputs:
+    x = make_inputs(B=1, T=80, H=1, HV=1, K=100, V=V, dtype=dtype)
     for name in ("q", "k", "v"):
         inner = getattr(x, name)
         base = np.full((*inner.shape[:3], inner.shape[3] + 3), np.nan, inner.dtype)
         base[..., 1:-2] = inner
         setattr(x, name, base[..., 1:-2])
-    assert_chunk(x)
+    return x
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+def test_chunk_at_odd_addresses(capability: int, dtype: str) -> None:
+    assert_chunk(at_odd_addresses(dtype, 64))
 
 
 @pytest.mark.parametrize("tile", [(16, 2, 2), (16, 4, 3), (32, 2, 3), (32, 4, 2), (64, 2, 2)])
@@ -130,11 +134,15 @@ def test_magnitudes_of_float32(device: None, scale: float) -> None:
     assert_chunk(x)
 
 
-def test_wide_range(capability: int) -> None:
-    x = make_inputs(B=1, T=80, H=1, HV=1, K=64, V=64, dtype="bfloat16")
+def assert_wide_range(V: int) -> None:
+    x = make_inputs(B=1, T=80, H=1, HV=1, K=64, V=V, dtype="bfloat16")
     x.v = (x.v.astype(np.float32) * 1e6).astype(x.v.dtype)
     x.state *= 1e6
     assert_rule("chunk_gated_delta_rule", x, 5e-3, rtol_o=6e-3, wide_range=True)
+
+
+def test_wide_range(capability: int) -> None:
+    assert_wide_range(64)
 
 
 def test_workspace(device: None) -> None:
@@ -228,6 +236,66 @@ def test_segments(columns: int, K: int, device: None, monkeypatch: pytest.Monkey
     monkeypatch.setattr(cuda_chunk, "pick_cut", lambda *_: cut)
     x = make_inputs(lengths=[64 * 4 + 5, 0, 130], H=1, HV=1, K=K, V=128, dtype="float16", gates="slow")
     assert_rule("chunk_gated_delta_rule", x, 1e-3)
+
+
+@pytest.fixture(params=[64, 128])
+def fused(request: Any, device: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All calls run as one kernel, on blocks of 64 or 128 value columns."""
+    cut = cuda_chunk.Cut(cuda_chunk.Tile(request.param, 1, 3, True), fused=True)
+    monkeypatch.setattr(cuda_chunk, "pick_cut", lambda *_: cut)
+
+
+@pytest.mark.parametrize("layout", ["kv", "vk"])
+@pytest.mark.parametrize("K", [32, 128])
+def test_fused(fused: None, layout: str, K: int) -> None:
+    lengths = [70, 0, 1, 64 * 5 + 63, 64]
+    x = make_inputs(lengths=lengths, H=1, HV=2, K=K, V=128, dtype="bfloat16", layout=layout, gates="slow")
+    assert_rule("chunk_gated_delta_rule", x, 1e-3, state_layout=layout, use_qk_l2norm_in_kernel=True)
+
+
+def test_fused_at_odd_addresses(fused: None) -> None:
+    assert_chunk(at_odd_addresses("float16", 128))
+
+
+def test_fused_with_a_wide_range(fused: None) -> None:
+    assert_wide_range(128)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_fused_on_a_pool(fused: None, dtype: str) -> None:
+    """Raw gates, five chunks at most, slots outside the pool."""
+    x = make_inputs(lengths=[70, 0, 290, 5, 64], H=1, HV=2, K=64, V=128, dtype=dtype, state_dtype="bfloat16")
+    slots = x.slots.copy()
+    slots[3], slots[4] = -1, len(x.state)
+    there = to_device(x)
+    names = (*TOKENS, *RAW_GATES, "cu_seqlens")
+    operands = {name: getattr(there, name) for name in names} | {"out": poisoned(x.v)}
+    operands |= dict.fromkeys(("initial_state", "final_state"), there.state)
+    operands |= dict.fromkeys(("initial_slots", "final_slots"), on_device(slots))
+    call = _inputs.prepare(Form("chunk", (*TOKENS, *RAW_GATES)), tuple(map(operands.get, OPERANDS)), l2norm=True)
+    cuda_chunk.run(call)
+    slots[4] = -1
+    want_o, want_state = reference.fused_sigmoid_gating_delta_rule_update(
+        x.A_log, x.a, x.dt_bias, 1.0, 20.0, x.q, x.k, x.v, x.b, x.state, slots,
+        use_qk_l2norm_in_kernel=True, cu_seqlens=x.cu_seqlens,
+    )  # fmt: skip
+    assert_close(host(call.out), want_o, rtol=RTOL_O[dtype], name="o")
+    assert not host(call.out)[0, 360:].astype(np.float32).any()
+    assert_close(host(there.state), want_state, rtol=3e-3, name="pool")  # as far as bfloat16 goes
+
+
+def test_batches_that_fill_a_gpu_take_one_kernel() -> None:
+    card = loader.Gpu(90, 132, 227 << 10)
+    heads = {"H": 16, "HV": 32, "K": 128, "V": 128}
+    for batch, stems in (
+        ({"B": 4, "T": 2048}, ["chunk_fused_sm90"]),
+        ({"B": 1, "T": 8192}, ["chunk_prepare", "chunk_state_sm90"]),
+        ({"B": 4, "T": 2048, "pad": 1 << 20}, ["chunk_prepare", "chunk_state_sm90"]),
+    ):
+        spec = make_spec("chunk", **heads, **batch)
+        assert [stem for stem, _ in cuda_chunk.specializations(spec, card)] == stems
+        fixed = cuda_chunk.specializations(spec, card, batch_invariant=True)
+        assert [stem for stem, _ in fixed] == ["chunk_prepare", "chunk_state_sm90"]
 
 
 @pytest.mark.parametrize("layout", ["kv", "vk"])

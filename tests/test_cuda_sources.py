@@ -64,7 +64,7 @@ def recurrent_specs() -> Iterator[Spec]:
 def chunk_specs() -> Iterator[Spec]:
     """Calls that choose every kernel of the chunkwise form for K = V = 128, and some for other sizes."""
     shape = {"H": 16, "HV": 32, "K": 128, "V": 128}
-    lengths = ({"B": 1, "T": 4096}, {"B": 64, "T": 256}, {"B": 1, "T": 4096, "sequences": 7})
+    lengths = ({"B": 1, "T": 4096}, {"B": 4, "T": 2048}, {"B": 64, "T": 256}, {"B": 1, "T": 4096, "sequences": 7})
     for layout, dtype, state in product(("kv", "vk"), DTYPES, DTYPES):
         for length in lengths:
             yield warmup.make_spec("chunk", dtype=dtype, state_dtype=state, layout=layout, **length, **shape)

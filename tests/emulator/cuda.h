@@ -97,7 +97,7 @@ struct Meeting {
         }
     }
 };
-inline Meeting of_block, of_warps[kMostThreads / 32];
+inline Meeting of_block, of_some[16], of_warps[kMostThreads / 32];
 inline void __syncthreads() { of_block.wait(live); }
 inline void __syncwarp(unsigned = ~0u) {
     static const int count = 32;

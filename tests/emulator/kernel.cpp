@@ -34,6 +34,7 @@ extern "C" int run(const void* arguments, int blocks_x, int blocks_y, int blocks
                 std::fill_n(reinterpret_cast<unsigned*>(shared), kSharedBytes / 4, 0x7fff7fffu);  // NaN in every type
                 live = threads, of_block = {};
                 for (auto& meeting : of_warps) meeting = {};
+                for (auto& meeting : of_some) meeting = {};
                 for (int i = 0; i < threads; ++i) {
                     Fiber& f = fibers[i];
                     f.stack.resize(kStack), f.done = f.waited = false;

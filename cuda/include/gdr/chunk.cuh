@@ -83,18 +83,24 @@ struct Params {
 // Everything is made of 8 x 8 matrices with rows of 16 bytes, as ldmatrix and wgmma read them.
 constexpr int kMatrixBytes = 128;
 
-// K and Q of a chunk and key head: matrices of 8 tokens x 8 keys, those of the same keys side by side.
+// K and Q of a chunk and key head: matrices of 8 tokens x 8 keys, those of the same keys side by side; or, with
+// GDR_TOKENS_TOGETHER, those of the same tokens.
+#ifndef GDR_TOKENS_TOGETHER
+#define GDR_TOKENS_TOGETHER 0
+#endif
 constexpr int kKeyTileBytes = kC * kKeys * 2;
-constexpr int kKeyStep = kC / 8 * kMatrixBytes;  // from 8 keys to the next 8
+constexpr int kKeyStep = GDR_TOKENS_TOGETHER ? kMatrixBytes : kC / 8 * kMatrixBytes;  // from 8 keys to the next 8
+constexpr int kTokenStep =
+    GDR_TOKENS_TOGETHER ? kKeys / 8 * kMatrixBytes : kMatrixBytes;  // from 8 tokens to the next 8
 constexpr __host__ __device__ int key_block(int token_block, int key_block) {
-    return key_block * 2 * kKeyStep + token_block * 2 * kMatrixBytes;
+    return key_block * 2 * kKeyStep + token_block * 2 * kTokenStep;
 }
 // A lane's offset in a block of 16 tokens x 16 keys whose matrices are read by tokens or by keys first.
 __device__ __forceinline__ u32 by_tokens(int lane) {
-    return (lane & 8) * 16 + (lane & 16) * (kKeyStep / 16) + (lane & 7) * 16;
+    return (lane & 8) * (kTokenStep / 8) + (lane & 16) * (kKeyStep / 16) + (lane & 7) * 16;
 }
 __device__ __forceinline__ u32 by_keys(int lane) {
-    return (lane & 8) * (kKeyStep / 8) + (lane & 16) * 8 + (lane & 7) * 16;
+    return (lane & 8) * (kKeyStep / 8) + (lane & 16) * (kTokenStep / 16) + (lane & 7) * 16;
 }
 
 // T, P and decays of a chunk and value head. Of T and P, blocks (i, j) with j <= i, column after column: rows are

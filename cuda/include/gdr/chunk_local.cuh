@@ -1,8 +1,6 @@
 // What a chunk's outputs and state update need of the chunk alone, piece by piece: gates, K and Q as the products'
 // operands (normalised first with GDR_L2NORM), K K^T and Q K^T, T and P. 4 warps do a chunk together.
 //
-// Of the 10 lower blocks of each product, warp w takes row w of K K^T and row 3 - w of Q K^T: 5 blocks for every warp.
-//
 // Decays between blocks are products of factors that belong to one token or one block, each the exponential of a sum
 // of log decays between them: a product underflows only where the decay does. Only tokens of the same 8 take an
 // exponential a pair.
@@ -52,25 +50,31 @@ struct GateBits {
     u32 a[2], b[2], A_log, dt_bias;
 
     __device__ __forceinline__ void load(const Params& p, const Place& place, int hv) {
-        const i64 from_a = place.offset(p.a_strides, hv), from_b = place.offset(p.b_strides, hv);
+        load_tokens(p, place.offset(p.a_strides, hv), place.offset(p.b_strides, hv), place.tokens);
+        load_head(p, hv);
+    }
+    // From the elements where the first token's are.
+    __device__ __forceinline__ void load_tokens(const Params& p, i64 from_a, i64 from_b, int tokens) {
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
             // Where there is no token, the last one again.
-            const int t = min(static_cast<int>(threadIdx.x % 32 * 2 + i), place.tokens - 1);
+            const int t = min(static_cast<int>(threadIdx.x % 32 * 2 + i), tokens - 1);
             a[i] = load_bits(p.a_type, p.a, from_a + t * p.a_strides.token);
             b[i] = load_bits(p.b_type, p.b, from_b + t * p.b_strides.token);
         }
+    }
+    __device__ __forceinline__ void load_head(const Params& p, int hv) {
         if constexpr (kRawGates) {
             A_log = load_bits(p.A_log_type, p.A_log, hv * p.A_log_stride);
             dt_bias = load_bits(p.dt_bias_type, p.dt_bias, hv * p.dt_bias_stride);
         }
     }
-    __device__ __forceinline__ void finish(const Params& p, const Place& place, Gates& to) const {
+    __device__ __forceinline__ void finish(const Params& p, int tokens, Gates& to) const {
         const int lane = threadIdx.x % 32, t = 2 * lane;
         float g[2] = {0.f, 0.f}, strength[2] = {0.f, 0.f};
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
-            if (t + i >= place.tokens) continue;
+            if (t + i >= tokens) continue;
             find_gates(p, a[i], b[i], A_log, dt_bias, g[i], strength[i]);
         }
         const Sum g0 = Sum::of(g[0]);
@@ -80,6 +84,18 @@ struct GateBits {
         *reinterpret_cast<float2*>(&to.beta[t]) = make_float2(strength[0], strength[1]);
     }
 };
+
+// The factors of one token's decays, once its head's sums are there; `out` has what the walk takes.
+template <class Out>
+__device__ __forceinline__ void fill_factors(Gates& to, Out& out, int t, int block, float scale) {
+    const Sum* G = to.G;
+    const Sum x = G[t], none = {0.f, 0.f}, middle = G[block + 7];
+    const float d = decay(x, none);
+    to.from_start[t] = decay(x, block == 0 ? none : G[block - 1]);
+    to.to_end[t] = decay(G[block + 15], x);
+    to.middle[t] = decay(t % 16 < 8 ? middle : x, t % 16 < 8 ? x : middle);
+    out.d[t] = d, out.scaled_d[t] = d * scale, out.e[t] = decay(G[kC - 1], x);
+}
 
 // ---- Keys and queries.
 
@@ -98,42 +114,45 @@ struct Rows {
 #pragma unroll
         for (int i = 0; i < kChunks * kWords; ++i) words[i / kWords][i % kWords] = 0;
     }
-    // Stores them as operands, at the lane's place among 8 tokens of a tile.
-    __device__ __forceinline__ void store(char* to) {
-        float factor = 1.f;
-        if constexpr (kL2Norm) {
-            float squares = 0.f;
-#pragma unroll
-            for (int i = 0; i < kChunks; ++i) {
-                float x[8];
-                unpack<kQkv>(words[i], x);
-#pragma unroll
-                for (int j = 0; j < 8; ++j) squares = fmaf(x[j], x[j], squares);
-            }
-            squares += __shfl_xor_sync(0xffffffffu, squares, 8);
-            squares += __shfl_xor_sync(0xffffffffu, squares, 16);
-            factor = rsqrtf(squares + 1e-6f);
-        }
+    // What the token is multiplied by.
+    __device__ __forceinline__ float norm_factor() const {
+        if constexpr (!kL2Norm) return 1.f;
+        float squares = 0.f;
 #pragma unroll
         for (int i = 0; i < kChunks; ++i) {
-            uint4 y;
-            if constexpr (kQkv == Op::kType && !kL2Norm) {
-                y = make_uint4(words[i][0], words[i][1], words[i][2], words[i][3]);
-            } else {
-                float x[8];
-                unpack<kQkv>(words[i], x);
-                if constexpr (kL2Norm) {
+            float x[8];
+            unpack<kQkv>(words[i], x);
 #pragma unroll
-                    for (int j = 0; j < 8; ++j) x[j] *= factor;
-                }
-                y = make_uint4(Op::pack(x[0], x[1]), Op::pack(x[2], x[3]), Op::pack(x[4], x[5]), Op::pack(x[6], x[7]));
-            }
-            *reinterpret_cast<uint4*>(to + i * 4 * kKeyStep) = y;
+            for (int j = 0; j < 8; ++j) squares = fmaf(x[j], x[j], squares);
         }
+        squares += __shfl_xor_sync(0xffffffffu, squares, 8);
+        squares += __shfl_xor_sync(0xffffffffu, squares, 16);
+        return rsqrtf(squares + 1e-6f);
+    }
+    // Makes operands of them, times the factor of the norm.
+    __device__ __forceinline__ void convert(float factor) {
+        if constexpr (kQkv == Op::kType && !kL2Norm) return;
+#pragma unroll
+        for (int i = 0; i < kChunks; ++i) {
+            float x[8];
+            unpack<kQkv>(words[i], x);
+#pragma unroll
+            for (int j = 0; j < 4; ++j)
+                words[i][j] =
+                    kL2Norm ? Op::pack(x[2 * j] * factor, x[2 * j + 1] * factor) : Op::pack(x[2 * j], x[2 * j + 1]);
+        }
+    }
+    // Stores keys 32 i and on where to(i) says.
+    template <class To>
+    __device__ __forceinline__ void store(To&& to) const {
+#pragma unroll
+        for (int i = 0; i < kChunks; ++i)
+            *reinterpret_cast<uint4*>(to(i)) = make_uint4(words[i][0], words[i][1], words[i][2], words[i][3]);
     }
 };
 
-// ---- Products. Of row w of K K^T, block w - n is x[n]; of row 3 - w of Q K^T, block 3 - w - n is x[4 - n].
+// ---- Products. Of the 10 lower blocks of each, warp w takes row w of K K^T and row 3 - w of Q K^T: 5 blocks for every
+// warp. Of row w of K K^T, block w - n is x[n]; of row 3 - w of Q K^T, block 3 - w - n is x[4 - n].
 using Products = Tile[kRows + 1];
 
 // Of K in shared memory, which Q follows.
@@ -162,11 +181,35 @@ __device__ __forceinline__ void multiply(u32 K, Products& x) {
 
 // ---- Decays. In a block, a lane has rows lane / 4 and lane / 4 + 8.
 
+// How the blocks left of the diagonal are numbered; from the diagonal on, `body` gets a block's number and its column.
+// Where registers are few, a block's factors are read when they are needed.
+struct ByDistance {
+    static constexpr bool kFew = false;
+    template <class Body>
+    static __device__ __forceinline__ void left(int row, Body&& body) {
+#pragma unroll
+        for (int n = 1; n < kRows; ++n) {
+            if (n > row) break;
+            body(n, row - n);
+        }
+    }
+};
+struct ByColumn {
+    static constexpr bool kFew = true;
+    template <class Body>
+    static __device__ __forceinline__ void left(int row, Body&& body) {
+#pragma unroll
+        for (int j = kRows - 2; j >= 0; --j)
+            if (j < row) body(j, j);
+    }
+};
+
 // The factors of a row of blocks that a lane needs.
+template <class Order>
 struct Factors {
     float2 from_start;        // of the lane's rows
-    float2 to_end[kRows][2];  // of the lane's columns, n blocks left of the diagonal
-    float across[kRows];      // of the blocks n left of the diagonal, from end to end
+    float2 to_end[kRows][2];  // of the lane's columns in the blocks left of the diagonal
+    float across[kRows];      // of those blocks, from end to end
     float4 columns[2];        // sums of the columns of the diagonal block
     Sum rows[2];
     float2 to_middle;
@@ -182,13 +225,13 @@ struct Factors {
         }
         to_middle = *reinterpret_cast<const float2*>(&gates.middle[s]);
         from_middle = gates.middle[t + 8];
-#pragma unroll
-        for (int n = 1; n < kRows; ++n) {
-            if (n > row) break;
-            to_end[n][0] = *reinterpret_cast<const float2*>(&gates.to_end[s - n * 16]);
-            to_end[n][1] = *reinterpret_cast<const float2*>(&gates.to_end[s - n * 16 + 8]);
-            across[n] = gates.from_start[(row - n) * 16 + 15];
-        }
+        if constexpr (!Order::kFew) Order::left(row, [&](int n, int column) { load(gates, n, column); });
+    }
+    __device__ __forceinline__ void load(const Gates& gates, int n, int column) {
+        const float* of = &gates.to_end[column * 16 + threadIdx.x % 32 % 4 * 2];
+        to_end[n][0] = *reinterpret_cast<const float2*>(of);
+        to_end[n][1] = *reinterpret_cast<const float2*>(of + 8);
+        across[n] = gates.from_start[column * 16 + 15];
     }
     // A diagonal block of a product times the decays between rows and columns and factors of its rows; 0 above the
     // diagonal.
@@ -206,7 +249,7 @@ struct Factors {
         x.x[1][2] = one ? x.x[1][2] * y.y * decay(rows[1], {right.x, right.y}) : 0.f;
         x.x[1][3] = both ? x.x[1][3] * y.y * decay(rows[1], {right.z, right.w}) : 0.f;
     }
-    // The block n left of it: y has all of the decay but that in its own columns, and then that too.
+    // Block n, the next one left of it: y has all of the decay but that in its own columns, and then that too.
     __device__ __forceinline__ void apply(Tile& x, float2& y, int n) const {
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
@@ -226,58 +269,60 @@ __device__ __forceinline__ void store_block(char* to, const Tile& x) {
         *reinterpret_cast<u32*>(to + i * 128 + lane * 4) = Op::pack(x.x[i % 2][i / 2 * 2], x.x[i % 2][i / 2 * 2 + 1]);
 }
 
-// The warp's blocks of -L below the diagonal, and on it (there, what is above is anything).
-__device__ __forceinline__ void fill_lower(const Gates& gates, const Products& products, Triangle& triangle, int warp) {
-    const int lane = threadIdx.x % 32, t = warp * 16 + lane / 4;
-    const Factors factors(gates, warp);
+// A row of blocks of -L below the diagonal, and on it (there, what is above is anything), from those of K K^T. Returns
+// the diagonal block's rows 8-15, columns 0-7 as an operand.
+template <class Order, class Block>
+__device__ __forceinline__ u32 fill_lower(const Gates& gates, const Tile& diagonal, Block&& block, Triangle& triangle,
+                                          int row) {
+    const int lane = threadIdx.x % 32, t = row * 16 + lane / 4;
+    Factors<Order> factors(gates, row);
     float2 y = make_float2(-gates.beta[t], -gates.beta[t + 8]);
-    Tile x = products[0];
+    Tile x = diagonal;
     factors.apply_diagonal(x, y);
-    float* diagonal = triangle.diagonal[warp] + lane % 4 * 2 * 20 + lane / 4;
-    diagonal[0] = x.x[0][0], diagonal[20] = x.x[0][1];
-    diagonal[8] = x.x[0][2], diagonal[28] = x.x[0][3];
-    diagonal[8 * 20 + 8] = x.x[1][2], diagonal[9 * 20 + 8] = x.x[1][3];
+    float* to = triangle.diagonal[row] + lane % 4 * 2 * 20 + lane / 4;
+    to[0] = x.x[0][0], to[20] = x.x[0][1];
+    to[8] = x.x[0][2], to[28] = x.x[0][3];
+    to[8 * 20 + 8] = x.x[1][2], to[9 * 20 + 8] = x.x[1][3];
     y.x *= factors.from_start.x, y.y *= factors.from_start.y;
-    char* to = triangle.L + warp * (warp - 1) / 2 * kBlockBytes;
-#pragma unroll
-    for (int n = 1; n < kRows; ++n) {
-        if (n > warp) break;
-        x = products[n];
+    const u32 corner = Op::pack(x.x[0][2], x.x[0][3]);
+    char* L = triangle.L + row * (row - 1) / 2 * kBlockBytes;
+    Order::left(row, [&](int n, int column) {
+        x = block(n);
+        if constexpr (Order::kFew) factors.load(gates, n, column);
         factors.apply(x, y, n);
-        store_block(to + (warp - n) * kBlockBytes, x);
-    }
+        store_block(L + column * kBlockBytes, x);
+    });
+    return corner;
 }
 
-// The warp's blocks of P. Where blocks of T and P go, Layout::at says.
-template <class Layout>
-__device__ __forceinline__ void fill_scores(const Gates& gates, const Products& products, char* P, float scale,
-                                            int row) {
-    const Factors factors(gates, row);
+// A row of blocks of P from those of Q K^T. Where blocks of T and P go, Layout::at says.
+template <class Layout, class Order, class Block>
+__device__ __forceinline__ void fill_scores(const Gates& gates, const Tile& diagonal, Block&& block, char* P,
+                                            float scale, int row) {
+    Factors<Order> factors(gates, row);
     float2 y = make_float2(scale, scale);
-    Tile x = products[kRows];
+    Tile x = diagonal;
     factors.apply_diagonal(x, y);
     store_block(P + Layout::at(row, row), x);
     y.x *= factors.from_start.x, y.y *= factors.from_start.y;
-#pragma unroll
-    for (int n = 1; n < kRows; ++n) {
-        if (n > row) break;
-        x = products[kRows - n];
+    Order::left(row, [&](int n, int column) {
+        x = block(n);
+        if constexpr (Order::kFew) factors.load(gates, n, column);
         factors.apply(x, y, n);
-        store_block(P + Layout::at(row, row - n), x);
-    }
+        store_block(P + Layout::at(row, column), x);
+    });
 }
 
 // ---- T.
 
-// Columns of the inverses of all diagonal blocks of I + L: lane l has column kFirst + l % 8 of block l / 8.
+// A lane's column of the inverse of a diagonal block of I + L, kFirst or one after it.
 template <class Layout, int kFirst>
-__device__ __forceinline__ void invert_columns(Triangle& triangle, const Gates& gates, char* T) {
-    const int lane = threadIdx.x % 32, block = lane / 8, column = lane % 8;
+__device__ __forceinline__ void invert_column(Triangle& triangle, const Gates& gates, char* T, int block, int column) {
     const float* L = triangle.diagonal[block];
-    const float strength = gates.beta[block * 16 + kFirst + column];
+    const float strength = gates.beta[block * 16 + column];
     float x[16];
 #pragma unroll
-    for (int i = 0; i < 16; ++i) x[i] = i == kFirst + column ? 1.f : 0.f;
+    for (int i = 0; i < 16; ++i) x[i] = i == column ? 1.f : 0.f;
 #pragma unroll
     for (int j = kFirst; j < 15; ++j) {
 #pragma unroll
@@ -289,7 +334,7 @@ __device__ __forceinline__ void invert_columns(Triangle& triangle, const Gates& 
             if (i4 + 3 > j) x[i4 + 3] = fmaf(l.w, x[j], x[i4 + 3]);
         }
     }
-    const int offset = kFirst / 8 * 128 + column * 16;
+    const int offset = column * 16;
     char *to = triangle.X + block * kBlockBytes + offset, *out = T + Layout::at(block, block) + offset;
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
@@ -303,25 +348,78 @@ __device__ __forceinline__ void invert_columns(Triangle& triangle, const Gates& 
     }
 }
 
-// Column kColumn of blocks of T below the diagonal.
-template <class Layout, int kColumn>
+// The inverse of a diagonal block of I + L by a warp: as invert_column for its two blocks of 8 tokens, then what is below
+// them, as the other blocks of T, from -L there. What is above them is not written.
+template <class Layout>
+__device__ __forceinline__ void invert_block(Triangle& triangle, const Gates& gates, char* T, u32 corner, int block) {
+    const int lane = threadIdx.x % 32, half = lane / 8 % 2, column = lane % 8;
+    const float* L = triangle.diagonal[block] + half * (8 * 20 + 8);
+    const float strength = gates.beta[block * 16 + half * 8 + column], below = gates.beta[block * 16 + lane / 4];
+    float x[8];
+#pragma unroll
+    for (int i = 0; i < 8; ++i) x[i] = i == column ? 1.f : 0.f;
+#pragma unroll
+    for (int j = 0; j < 7; ++j) {
+#pragma unroll
+        for (int i4 = (j + 1) / 4 * 4; i4 < 8; i4 += 4) {
+            const float4 l = *reinterpret_cast<const float4*>(L + j * 20 + i4);
+            if (i4 > j) x[i4] = fmaf(l.x, x[j], x[i4]);
+            if (i4 + 1 > j) x[i4 + 1] = fmaf(l.y, x[j], x[i4 + 1]);
+            if (i4 + 2 > j) x[i4 + 2] = fmaf(l.z, x[j], x[i4 + 2]);
+            if (i4 + 3 > j) x[i4 + 3] = fmaf(l.w, x[j], x[i4 + 3]);
+        }
+    }
+    char *X = triangle.X + block * kBlockBytes, *out = T + Layout::at(block, block);
+    *reinterpret_cast<uint4*>(X + half * 384 + column * 16) =
+        make_uint4(Op::pack(x[0], x[1]), Op::pack(x[2], x[3]), Op::pack(x[4], x[5]), Op::pack(x[6], x[7]));
+#pragma unroll
+    for (int i = 0; i < 8; ++i) x[i] *= strength;
+    *reinterpret_cast<uint4*>(out + half * 384 + column * 16) =
+        make_uint4(Op::pack(x[0], x[1]), Op::pack(x[2], x[3]), Op::pack(x[4], x[5]), Op::pack(x[6], x[7]));
+    __syncwarp();
+    u32 first[4], last[4];
+    load_matrices(shared_address(X) + in_order(lane), first);
+    load_matrices_transposed(shared_address(X) + in_order(lane), last);
+    __syncwarp();
+    float z[4] = {0.f, 0.f, 0.f, 0.f}, y[4] = {0.f, 0.f, 0.f, 0.f};
+    first[1] = first[2] = first[3] = 0;
+    Op::mma(y, first, corner, 0);
+    first[0] = Op::pack(y[0], y[1]);
+    Op::mma(z, first, last[3], 0);
+    *reinterpret_cast<u32*>(X + 256 + lane * 4) = Op::pack(z[0], z[1]);
+    *reinterpret_cast<u32*>(out + 256 + lane * 4) = Op::pack(z[0] * below, z[1] * below);
+}
+
+// Column kColumn of blocks of T below the diagonal. With kEager, a block goes into all sums as soon as it is there: more
+// registers, fewer products one after the other.
+template <class Layout, int kColumn, bool kEager = false>
 __device__ __forceinline__ void solve_column(const Triangle& triangle, const Gates& gates, char* T) {
     const int lane = threadIdx.x % 32;
     const u32 L = shared_address(triangle.L) + in_order(lane), X = shared_address(triangle.X) + in_order(lane);
     const float strength[2] = {gates.beta[kColumn * 16 + lane / 4], gates.beta[kColumn * 16 + lane / 4 + 8]};
     u32 z[kRows][4];  // Z_ij for i = j, j + 1, ..
     load_matrices(X + kColumn * kBlockBytes, z[kColumn]);
+    Tile sums[kRows];
+    const auto add = [&](int i, int k) {
+        u32 b[4];
+        load_matrices(L + (i * (i - 1) / 2 + k) * kBlockBytes, b);
+        sums[i].add_product<Op>(z[k], b);
+    };
+#pragma unroll
+    for (int i = kColumn + 1; i < kRows; ++i) sums[i].clear();
 #pragma unroll
     for (int i = kColumn + 1; i < kRows; ++i) {
-        Tile sum, block;
-        sum.clear(), block.clear();
+        Tile block;
+        block.clear();
         u32 b[4], left[4];
+        if constexpr (kEager) {
 #pragma unroll
-        for (int k = kColumn; k < i; ++k) {
-            load_matrices(L + (i * (i - 1) / 2 + k) * kBlockBytes, b);
-            sum.add_product<Op>(z[k], b);
+            for (int later = i; later < kRows; ++later) add(later, i - 1);
+        } else {
+#pragma unroll
+            for (int k = kColumn; k < i; ++k) add(i, k);
         }
-        sum.pack<Op>(left);
+        sums[i].pack<Op>(left);
         load_matrices_transposed(X + i * kBlockBytes, b);
         block.add_product<Op>(left, b);
         block.pack<Op>(z[i]);

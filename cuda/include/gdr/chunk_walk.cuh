@@ -34,7 +34,7 @@ struct Outputs {
     char pieces[kCompose ? 16 : kPieces * kPieceBytes];
     Barrier full, empty;
 
-    __device__ __forceinline__ void init() { full.init(kWarps), empty.init(kStorers); }
+    __device__ __forceinline__ void init(int storers) { full.init(kWarps), empty.init(storers); }
 };
 
 // ---- The warps that store outputs.
@@ -88,7 +88,7 @@ __device__ __forceinline__ void multiply_keys(Tile (&c)[kRows], const u32 (&a)[k
 using PackedOutputs = u32[kRows][4];
 
 __device__ __forceinline__ void put_outputs(Outputs& outputs, const PackedOutputs& o) {
-    const int lane = threadIdx.x % 32, piece = threadIdx.x / 32 * 2 + lane / 8 % 2;
+    const int lane = threadIdx.x % 32, piece = (threadIdx.x / 32 - kFirstWarp) * 2 + lane / 8 % 2;
     const u32 to = shared_address(outputs.pieces) + piece * kPieceBytes + lane / 16 * 128 + lane % 8 * 16;
 #pragma unroll
     for (int i = 0; i < kRows; ++i) store_matrices_transposed(to + i * 256, o[i]);
@@ -98,10 +98,14 @@ struct Decays {
     float2 x[kRows][2];
 
     __device__ __forceinline__ void load(const float* from) {
+#pragma unroll
+        for (int i = 0; i < kRows; ++i) load(from, i);
+    }
+    __device__ __forceinline__ void load(const float* from, int i) {  // of 16 tokens
         const int lane = threadIdx.x % 32;
 #pragma unroll
-        for (int i = 0; i < kC / 8; ++i)
-            x[i / 2][i % 2] = load_shared_pair(shared_address(from) + (i * 8 + lane % 4 * 2) * 4);
+        for (int half = 0; half < 2; ++half)
+            x[i][half] = load_shared_pair(shared_address(from) + (i * 16 + half * 8 + lane % 4 * 2) * 4);
     }
 };
 
@@ -128,14 +132,17 @@ __device__ __forceinline__ void pack(const State& S, u32 (&left)[kWarpKeyBlocks]
 template <class Stage, class TakeOutputs, class Put>
 __device__ __forceinline__ void begin_chunk(const Stage& stage, Chunk& c, Tile (&Y)[kRows], TakeOutputs&& take_outputs,
                                             Put&& put) {
-    const int lane = threadIdx.x % 32, column = threadIdx.x / 32 * 16;
+    const int lane = threadIdx.x % 32, column = (threadIdx.x / 32 - kFirstWarp) * 16;
     const u32 values = shared_address(stage.V) + lane % 16 * kValueRow + (column + lane / 16 * 8) * kValueBytes;
     Decays d;
-    d.load(stage.d);
     u32 V[kRows][4];
+    const auto load_values = [&](int i) { load_matrices_transposed(values + i * 16 * kValueRow, V[i]); };
+    if constexpr (!kLean) {
+        d.load(stage.d);
 #pragma unroll
-    for (int i = 0; i < kRows; ++i) load_matrices_transposed(values + i * 16 * kValueRow, V[i]);
-    const Right keys(shared_address(stage.keys), kKeyStep, kMatrixBytes);
+        for (int i = 0; i < kRows; ++i) load_values(i);
+    }
+    const Right keys(shared_address(stage.keys), kKeyStep, kTokenStep);
     Tile X[kRows];
     pin(X);
     begin_products();
@@ -143,18 +150,23 @@ __device__ __forceinline__ void begin_chunk(const Stage& stage, Chunk& c, Tile (
     end_products();
     take_outputs();
     if constexpr (!kCompose) {
-        const Right queries(shared_address(stage.keys) + kKeyTileBytes, kKeyStep, kMatrixBytes);
+        const Right queries(shared_address(stage.keys) + kKeyTileBytes, kKeyStep, kTokenStep);
         pin(Y);
         begin_products();
         multiply_keys<0, kWarpKeyBlocks / 2>(Y, c.left, queries);
         end_products();
     }
     put();
-    wait_products<kCompose ? 0 : 1>();
+    if constexpr (kLean) d.load(stage.d, 0), load_values(0), d.load(stage.d, 1), load_values(1);
+    wait_products<kCompose || kLean ? 0 : 1>();
     pin(X);
+    if constexpr (kLean) pin(Y);
 #pragma unroll
     for (int i = 0; i < kC / 8; ++i) {
         const int half = i % 2;
+        if constexpr (kLean) {
+            if (half == 0 && i / 2 + 2 < kRows) d.load(stage.d, i / 2 + 2), load_values(i / 2 + 2);
+        }
         const float2 decay = d.x[i / 2][half];
         const float (&x)[4] = X[i / 2].x[half];
         const float2 top = values_of(V[i / 2][half]), bottom = values_of(V[i / 2][half + 2]);
@@ -176,7 +188,7 @@ __device__ __forceinline__ void end_chunk(const Stage& stage, u32 T, State& S, c
     multiply_square<true>(U, c.W, T, false);
     end_products();
     if constexpr (!kCompose) {
-        multiply_keys<kWarpKeyBlocks / 2, kWarpKeyBlocks>(Y, c.left, Right(K + kKeyTileBytes, kKeyStep, kMatrixBytes));
+        multiply_keys<kWarpKeyBlocks / 2, kWarpKeyBlocks>(Y, c.left, Right(K + kKeyTileBytes, kKeyStep, kTokenStep));
         end_products();
     }
 #pragma unroll
@@ -184,7 +196,7 @@ __device__ __forceinline__ void end_chunk(const Stage& stage, u32 T, State& S, c
     wait_products<kCompose ? 0 : 1>();
     pin(U);
     Decays d;
-    if constexpr (!kCompose) d.load(stage.scaled_d);
+    if constexpr (!kCompose && !kLean) d.load(stage.scaled_d);
 
     u32 decayed[kRows][4];  // e U
 #pragma unroll
@@ -195,7 +207,8 @@ __device__ __forceinline__ void end_chunk(const Stage& stage, u32 T, State& S, c
         decayed[i / 2][half * 2] = Op::pack(u[0] * decay.x, u[1] * decay.y);
         decayed[i / 2][half * 2 + 1] = Op::pack(u[2] * decay.x, u[3] * decay.y);
     }
-    const Right keys(K, kMatrixBytes, kKeyStep);
+    if constexpr (!kCompose && kLean) d.load(stage.scaled_d);
+    const Right keys(K, kTokenStep, kKeyStep);
     pin(S);
     begin_products();
 #pragma unroll
@@ -226,9 +239,10 @@ __device__ __forceinline__ void end_chunk(const Stage& stage, u32 T, State& S, c
 
 // Walks a block's chunks. Of `feed`, stage() has what the current chunk is and squares() where its T and P are, once
 // wait() has returned; next() goes to the chunk after it, and release(), which every warp calls, gives back the stage
-// of the one before.
+// of the one before, outputs() being where its outputs go. Where others make chunks from tokens, which takes long,
+// give_back() takes outputs and stage before this waits for the next one.
 template <class Feed>
-__device__ __forceinline__ void compute(const Work& work, Feed& feed, Outputs& outputs, State& S) {
+__device__ __forceinline__ void compute(const Work& work, Feed& feed, State& S) {
     // By way of a reduction the compiler knows that all lanes have the same: the products' descriptors, which follow
     // from the round, then take no vector registers and few instructions.
     const int chunks = __reduce_max_sync(0xffffffffu, work.last - work.first);
@@ -246,31 +260,34 @@ __device__ __forceinline__ void compute(const Work& work, Feed& feed, Outputs& o
         wait_products<0>();
         pin(Y);
         end_chunk(feed.stage(), feed.squares(), S, c, Y);
+        PackedOutputs o;
+        const auto take_outputs = [&] {
+            if constexpr (!kCompose) {
+                wait_products<kLean ? 0 : 1>();
+                pin(Y);
+#pragma unroll
+                for (int i = 0; i < kRows; ++i) Y[i].pack<Operand<kQkv == kBFloat16>>(o[i]);
+            }
+        };
+        if constexpr (kLean) take_outputs(), feed.give_back(o);
         feed.next();
         pack(S, c.left);
         // After the last chunk this runs on a stage that is not filled any more, for nothing.
         if (chunk + 1 < chunks) feed.wait();
-        PackedOutputs o;
-        begin_chunk(
-            feed.stage(), c, Y,
-            [&] {
+        if constexpr (kLean) {
+            begin_chunk(feed.stage(), c, Y, [] {}, [] {});
+        } else {
+            begin_chunk(feed.stage(), c, Y, take_outputs, [&] {
                 if constexpr (!kCompose) {
-                    wait_products<1>();
-                    pin(Y);
-#pragma unroll
-                    for (int i = 0; i < kRows; ++i) Y[i].pack<Operand<kQkv == kBFloat16>>(o[i]);
-                }
-            },
-            [&] {
-                if constexpr (!kCompose) {
-                    outputs.empty.wait(outputs_parity);
+                    feed.outputs().empty.wait(outputs_parity);
                     outputs_parity ^= 1;
-                    put_outputs(outputs, o);
+                    put_outputs(feed.outputs(), o);
                 }
                 __syncwarp();
-                if (!kCompose && lane == 0) outputs.full.arrive();
+                if (!kCompose && lane == 0) feed.outputs().full.arrive();
                 feed.release();
             });
+        }
     }
     wait_products<0>();
     pin(Y);

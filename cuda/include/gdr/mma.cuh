@@ -140,6 +140,13 @@ __device__ __forceinline__ void copy16(u32 to, const void* from, bool exists) {
 // Waits for this thread's copies.
 __device__ __forceinline__ void wait_copies() { asm volatile("cp.async.wait_all;" ::: "memory"); }
 
+// Ends a group of this thread's copies; waits until at most kLeft groups are on their way.
+__device__ __forceinline__ void end_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+template <int kLeft>
+__device__ __forceinline__ void wait_copies_but() {
+    asm volatile("cp.async.wait_group %0;" ::"n"(kLeft) : "memory");
+}
+
 // Makes this thread's stores to shared memory visible to wgmma and the copy engine.
 __device__ __forceinline__ void publish_to_engines() {
 #if __CUDA_ARCH__ >= 900

@@ -1,5 +1,5 @@
-// Products of a warpgroup (wgmma, sm_90a): 64 rows by its 4 warps, the left operand and the sums in registers as in
-// mma.cuh, the right operand in shared memory as 8 x 8 matrices of 128 bytes, read by all 4 warps at once.
+// Products of a warpgroup (wgmma, sm_90a): 64 rows by its 4 warps, the left operand (mostly) and the sums in registers as
+// in mma.cuh, the right operand in shared memory as 8 x 8 matrices of 128 bytes, read by all 4 warps at once.
 #pragma once
 
 #include "gdr/mma.cuh"
@@ -35,6 +35,12 @@ __device__ __forceinline__ void keep_registers() {
 template <int kRegisters>
 __device__ __forceinline__ void take_registers() {
     asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kRegisters));
+}
+
+// Some warps of a block, kThreads threads in all, wait for each other.
+template <int kNumber, int kThreads>
+__device__ __forceinline__ void meet() {
+    asm volatile("bar.sync %0, %1;" ::"n"(kNumber), "n"(kThreads) : "memory");
 }
 
 // Ties registers to this place in the code: products write them behind the compiler's back.
@@ -119,6 +125,27 @@ __device__ __forceinline__ void multiply(float (&c)[8][4], const u32 (&a)[4], un
             "{%32, %33, %34, %35}, %36, p, 1, 1, %38;}"
             : GDR_ROWS8(c, 0)
             : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(static_cast<u32>(add)), "n"(kTransposed));
+}
+
+// c = a b (+ c), where a is in shared memory as well: 64 rows, one of its matrices after the other as b's columns.
+template <class Op>
+__device__ __forceinline__ void multiply(Tile (&c)[4], unsigned long long a, unsigned long long b, bool add) {
+    if constexpr (Op::kType == kFloat16)
+        asm volatile(
+            "{.reg .pred p; setp.ne.u32 p, %34, 0; wgmma.mma_async.sync.aligned.m64n64k16.f32.f16.f16 "
+            "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, "
+            "%23, %24, %25, %26, %27, %28, %29, %30, %31}, "
+            "%32, %33, p, 1, 1, 0, 0;}"
+            : GDR_TILE(c[0]), GDR_TILE(c[1]), GDR_TILE(c[2]), GDR_TILE(c[3])
+            : "l"(a), "l"(b), "r"(static_cast<u32>(add)));
+    else
+        asm volatile(
+            "{.reg .pred p; setp.ne.u32 p, %34, 0; wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 "
+            "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, "
+            "%23, %24, %25, %26, %27, %28, %29, %30, %31}, "
+            "%32, %33, p, 1, 1, 0, 0;}"
+            : GDR_TILE(c[0]), GDR_TILE(c[1]), GDR_TILE(c[2]), GDR_TILE(c[3])
+            : "l"(a), "l"(b), "r"(static_cast<u32>(add)));
 }
 
 #undef GDR_TILE

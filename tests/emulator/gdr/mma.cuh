@@ -126,6 +126,9 @@ inline void copy16(u32 to, const void* from, bool exists) {
     else *at_shared<uint4>(to) = {};
 }
 inline void wait_copies() {}
+inline void end_copies() {}
+template <int kLeft>
+void wait_copies_but() {}
 inline void publish_to_engines() {}
 inline void store_bulk(void* to, u32 from, u32 bytes) {
     if ((reinterpret_cast<size_t>(to) | from | bytes) % 16) abort();

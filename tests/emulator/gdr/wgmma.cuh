@@ -31,6 +31,12 @@ void keep_registers() {}
 template <int kRegisters>
 void take_registers() {}
 
+template <int kNumber, int kThreads>
+void meet() {
+    static const int count = kThreads;
+    of_some[kNumber].wait(count);
+}
+
 // 16 rows of a warp by kBlocks blocks of 8 columns.
 template <class Op, bool kTransposed, int kBlocks>
 void multiply_blocks(float (*c)[4], const u32 (&a)[4], const Right& b, bool add) {
@@ -55,6 +61,19 @@ void multiply_blocks(float (*c)[4], const u32 (&a)[4], const Right& b, bool add)
 template <class Op, bool kTransposed>
 void multiply(Tile (&c)[4], const u32 (&a)[4], const Right& b, bool add) {
     multiply_blocks<Op, kTransposed, 8>(c[0].x, a, b, add);
+}
+template <class Op>
+void multiply(Tile (&c)[4], const Right& a, const Right& b, bool add) {
+    const int lane = threadIdx.x % 32, first = threadIdx.x / 32 % 4 * 16;
+    for (int j = 0; j < 8; ++j) {
+        for (int i = 0; i < 4; ++i) {
+            const int row = first + lane / 4 + i / 2 * 8, column = j * 8 + lane % 4 * 2 + i % 2;
+            float& x = c[j / 2].x[j % 2][i];
+            if (!add) x = 0;
+            for (int k = 0; k < 16; ++k)
+                x += a.template element<Op::kType, false>(k, row) * b.template element<Op::kType, false>(k, column);
+        }
+    }
 }
 template <class Op, bool kTransposed, int kBlocks>
 void multiply(float (&c)[kBlocks][4], const u32 (&a)[4], const Right& b, bool add) {
