@@ -27,8 +27,7 @@ HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent), str(HERE)]
 
 import gdr
-from gdr import _backends, _cuda_loader, _inputs, _warmup
-from gdr import _cuda_chunk as cuda_chunk
+from gdr import _backends, _cuda_chunk_call, _cuda_loader, _inputs, _warmup
 from gdr._arrays import numpy_dtype
 from provenance import provenance, write
 from replays import Replays
@@ -168,7 +167,7 @@ def main() -> None:
     compile_kernels()
     rows = list(host_rows())
     print(*rows, sep="\n", flush=True)
-    workspace = cupy.empty(cuda_chunk.MAX_WORKSPACE + (256 << 20), "uint8")  # and what is beside the tiles
+    workspace = cupy.empty(_cuda_chunk_call.MAX_WORKSPACE + (256 << 20), "uint8")  # and what is beside the tiles
     for model, dtype, T in product(HEADS, DTYPES, LENGTHS):
         found = list(sweep(model, dtype, T, workspace))
         rows += found

@@ -15,26 +15,20 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from functools import reduce
 from operator import or_
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-from gdr import _arrays, _cuda_chunk_f32, _cuda_chunk_fused, _cuda_fused_recurrent, _cuda_loader
+from gdr import _arrays, _cuda_chunk_call, _cuda_chunk_f32, _cuda_chunk_fused, _cuda_fused_recurrent, _cuda_loader
 from gdr._backends import CHUNK_FROM
-from gdr._cuda_fused_recurrent import SIZES, TYPES, Pointers
+from gdr._cuda_chunk_call import CHUNK, align, borrow_workspace, count_chunks, definitions, fix, params
+from gdr._cuda_fused_recurrent import Pointers
 from gdr._cuda_loader import Gpu, describe_gpu
 from gdr._inputs import Call, refuse_misaligned
 from gdr._spec import Spec
 
-CHUNK = 64
-# Scratch of one call; a call that would need more does its chunks in parts, one after another.
-MAX_WORKSPACE = 512 << 20
-
-# The C struct Params of chunk.cuh: pointers; scalars and the chunks of this launch; then what a Spec fixes.
-_params = _cuda_loader.Params("18Q 3f2i 18q 6q 2q 2q q 5i 4i 3i")
-PARAMS = dict.fromkeys(("chunk_prepare", "chunk_state", "chunk_state_sm90", "chunk_combine"), _params)
-PARAMS |= dict.fromkeys(("chunk_prepare_f32", "chunk_state_f32", "chunk_fused_sm90"), _params)
+PARAMS = dict.fromkeys(("chunk_prepare", "chunk_state", "chunk_state_sm90", "chunk_combine"), params)
+PARAMS |= dict.fromkeys(("chunk_prepare_f32", "chunk_state_f32", "chunk_fused_sm90"), params)
 
 _HEAD_TILE = 2 * 10 * 512 + 3 * CHUNK * 4  # bytes of T, P and the decays of a chunk and value head
-_captured: list[Any] = []  # workspaces of CUDA graphs, which live as long as the process
 
 
 class Tile(NamedTuple):
@@ -58,10 +52,10 @@ class Tile(NamedTuple):
             tiles = 1 if self.compose else 2
             stage = tiles * (_key_tile(K) + 16 * 512) + 3 * CHUNK * 4 + CHUNK * (self.columns * 2 + 16)
             outputs = 16 if self.compose else self.columns // 8 * (CHUNK * 16 + 16)
-            return self.stages * (_align(stage, 128) + 16) + outputs + 16
-        stage = _align(2 * _key_tile(K) + _HEAD_TILE + CHUNK * self.columns * 2, 128)
+            return self.stages * (align(stage, 128) + 16) + outputs + 16
+        stage = align(2 * _key_tile(K) + _HEAD_TILE + CHUNK * self.columns * 2, 128)
         exchange = self.threads // 32 * 2 * 6144 if self.split == 2 else 0
-        return _align(self.stages * (stage + 8), 16) + exchange
+        return align(self.stages * (stage + 8), 16) + exchange
 
 
 class Cut(NamedTuple):
@@ -86,13 +80,13 @@ class Plan:
         self.pointers = Pointers(call)
         gpu = describe_gpu(int(spec.device))
         self.chunks = count_chunks(spec)
-        keys = _align(spec.K, 64)
+        keys = align(spec.K, 64)
         self.key_tiles = spec.H * 2 * _key_tile(spec.K)
         per_chunk = self.key_tiles + spec.HV * _HEAD_TILE
         map_bytes = spec.HV * (spec.V + keys) * keys * 4
         if cut.segment:
             per_chunk += -(-map_bytes // cut.segment)
-        self.at_once = max(1, MAX_WORKSPACE // per_chunk)
+        self.at_once = max(1, _cuda_chunk_call.MAX_WORKSPACE // per_chunk)
         if cut.segment:  # no segment lies on both sides of a part's end
             self.at_once = max(1, self.at_once // cut.segment) * cut.segment
         self.at_once = min(self.chunks, self.at_once)
@@ -118,7 +112,7 @@ class Plan:
                 (self.rows * spec.HV * (columns // compose.columns), compose.threads, compose.shared(spec.K)),
                 (spec.N * spec.HV * (spec.V // 8), keys * 2, 0),
             ]
-        self.fixed = _fixed(spec, self.heads_per_block, cut.segment)
+        self.fixed = fix(spec, self.heads_per_block, cut.segment)
         self.kernels: dict[bool, tuple[_cuda_loader.Kernel, ...]] = {}
 
     def load(self, aligned: bool) -> tuple[_cuda_loader.Kernel, ...]:
@@ -190,46 +184,18 @@ def _run(call: Call, plan: Plan) -> None:
     for part, first in enumerate(range(0, plan.chunks, plan.at_once)):
         last = min(first + plan.at_once, plan.chunks)
         read, written = carried + part % 2 * plan.carried, carried + (part + 1) % 2 * plan.carried
-        _params.pack(*pointers, tiles, head_tiles, read, written, maps, *scalars, first, last, *plan.fixed.values)
+        params.pack(*pointers, tiles, head_tiles, read, written, maps, *scalars, first, last, *plan.fixed.values)
         if spec.T:
             grid = spec.H, last - first, plan.prepare_parts
-            prepare.launch(grid, (128, 1, 1), _params, stream, plan.prepare_shared)
+            prepare.launch(grid, (128, 1, 1), params, stream, plan.prepare_shared)
         for kernel, (blocks, threads, shared) in zip(walks, plan.grids):
-            kernel.launch((blocks, 1, 1), (threads, 1, 1), _params, stream, shared)
-
-
-def borrow_workspace(call: Call, size: int, stream: int) -> Any:
-    """Scratch of a call, lent by the caller or allocated."""
-    lent = call.workspace
-    if lent is None:
-        workspace = call.library.empty((size,), "uint8", call.spec.device)
-        if call.library.name != "torch" and _capturing(stream):
-            _captured.append(workspace)
-        return workspace
-    if lent.shape[0] < size:
-        raise ValueError(f"workspace: expected at least {size} bytes, got {lent.shape[0]}")
-    if _arrays.pointer(lent) % 128:
-        raise ValueError("workspace: expected an address that is a multiple of 128")
-    return lent
+            kernel.launch((blocks, 1, 1), (threads, 1, 1), params, stream, shared)
 
 
 def scratch(call: Call) -> int:
     """Bytes of scratch that a call needs."""
     plan = make_plan(call)
     return 0 if plan is None else plan.workspace
-
-
-def chunk_size(spec: Spec) -> int:
-    """Tokens of a chunk."""
-    return _cuda_chunk_f32.CHUNK if spec.dtype == "float32" else CHUNK
-
-
-def count_chunks(spec: Spec) -> int:
-    """Chunk numbers of a call, known without reading cu_seqlens: packed sequences may leave one out each."""
-    chunk = chunk_size(spec)
-    if spec.varlen:
-        return spec.T // chunk + spec.N
-    return max(1, spec.N * -(-spec.T // chunk))
 
 
 def pick_cut(spec: Spec, batch_invariant: bool, gpu: Gpu) -> Cut | None:
@@ -274,7 +240,7 @@ def _cuts_by_warpgroups(spec: Spec, batch_invariant: bool, gpu: Gpu) -> Iterator
     for columns in (64, 128)[: widest // 64]:
         tile = Tile(columns, 1, 3, warpgroups=True)
         yield Cut(tile)
-        if batch_invariant or columns < widest or (spec.V + _align(spec.K, 64)) % columns:
+        if batch_invariant or columns < widest or (spec.V + align(spec.K, 64)) % columns:
             continue
         for segment in (4, 8, 16, 32, 64, 128, 256):
             if 3 * segment * spec.N <= chunks:
@@ -315,7 +281,7 @@ def _estimate(spec: Spec, cut: Cut, gpu: Gpu) -> float:
     total = 3 + count_chunks(spec) * prepared / _PREPARE_BANDWIDTH
     total += walk(segments, spec.V, _WALK_LATENCY[columns], 2 * key_tile + _HEAD_TILE + 2 * values)
     if cut.segment:
-        all_columns, bytes_a_chunk = spec.V + _align(spec.K, 64), key_tile + _HEAD_TILE / 2 + values
+        all_columns, bytes_a_chunk = spec.V + align(spec.K, 64), key_tile + _HEAD_TILE / 2 + values
         total += walk(segments - 1, all_columns, _COMPOSE_LATENCY[columns], bytes_a_chunk) + 2 * segments
     return total
 
@@ -352,69 +318,5 @@ def _specialize(
     return kernels
 
 
-def definitions(spec: Spec, aligned: bool, wide: bool = False) -> tuple[dict[str, _cuda_loader.Define], ...]:
-    """Definitions of all kernels of a call; of those that have states, and of those that have none; of gates."""
-    shared: dict[str, _cuda_loader.Define] = {
-        "GDR_QKV": TYPES[spec.dtype],
-        "GDR_K": spec.K,
-        "GDR_VARLEN": spec.varlen,
-        "GDR_WIDE": wide,
-        "GDR_ALIGNED": aligned,
-    }
-    state: dict[str, _cuda_loader.Define] = {
-        "GDR_INITIAL": TYPES[spec.initial_dtype],
-        "GDR_FINAL": TYPES[spec.final_dtype],
-        "GDR_V": spec.V,
-        "GDR_VK": spec.layout == "vk",
-        "GDR_RAW_GATES": False,
-        "GDR_L2NORM": False,
-    }
-    none: dict[str, _cuda_loader.Define] = {"GDR_INITIAL": -1, "GDR_FINAL": -1, "GDR_V": 16, "GDR_VK": False}
-    gates: dict[str, _cuda_loader.Define] = {"GDR_RAW_GATES": spec.gates == "raw", "GDR_L2NORM": spec.l2norm}
-    return shared, state, none, gates
-
-
-class _Fixed(NamedTuple):
-    aligned: bool  # whether q, k, v and out are, wherever their first elements are
-    values: tuple[int, ...]  # the fields of Params that a Spec fixes, in order
-
-
-def _fixed(spec: Spec, heads_per_block: int, segment: int) -> _Fixed:
-    a, b = ("a", "b") if spec.gates == "raw" else ("g", "beta")
-    strides = [spec.strides[name][:3] for name in ("q", "k", "v", "out", a, b)]
-    strides += [spec.strides.get(name, (0, 0, 0))[:3] for name in ("initial_state", "final_state")]
-    values = (
-        *(step for steps in strides for step in steps),
-        *(spec.strides.get(name, (0,))[0] for name in ("A_log", "dt_bias")),
-        *(spec.shapes.get(name, (spec.N,))[0] for name in ("initial_state", "final_state")),
-        spec.T,
-        spec.N,
-        spec.H,
-        spec.HV // spec.H,
-        heads_per_block,
-        segment,
-        *(TYPES[spec.dtypes.get(name)] for name in ("A_log", "dt_bias", a, b)),
-        *(spec.dtypes.get(name) == "int64" for name in ("initial_slots", "final_slots", "cu_seqlens")),
-    )
-    together = 16 // SIZES[spec.dtype]
-    aligned = spec.K % together == 0 and all(
-        not step % together
-        for name in ("q", "k", "v", "out")
-        for step, extent in zip(spec.strides[name][:3], spec.shapes[name])
-        if extent > 1
-    )
-    return _Fixed(aligned, values)
-
-
 def _key_tile(K: int) -> int:
-    return CHUNK * _align(K, 64) * 2
-
-
-def _align(n: int, to: int) -> int:
-    return -(-n // to) * to
-
-
-def _capturing(stream: int) -> bool:
-    import cupy
-
-    return bool(cupy.cuda.runtime.streamIsCapturing(stream))
+    return CHUNK * align(K, 64) * 2

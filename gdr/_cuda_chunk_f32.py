@@ -11,13 +11,13 @@ from functools import reduce
 from operator import or_
 from typing import NamedTuple
 
-from gdr import _arrays, _cuda_chunk, _cuda_loader
+from gdr import _arrays, _cuda_chunk_call, _cuda_loader
+from gdr._cuda_chunk_call import CHUNK_F32 as CHUNK
+from gdr._cuda_chunk_call import align, borrow_workspace, count_chunks, definitions, fix, params
 from gdr._cuda_fused_recurrent import LARGEST_GRID, Pointers
 from gdr._cuda_loader import Gpu
 from gdr._inputs import Call, refuse_misaligned
 from gdr._spec import Spec
-
-CHUNK = 32
 
 _TILES = CHUNK // 8  # of tokens
 _HEAD_TILE = 5632  # bytes of T, P and factors of a chunk and value head
@@ -49,16 +49,16 @@ class Plan:
         spec = self.spec = call.spec
         self.tile = tile
         self.pointers = Pointers(call)
-        self.chunks = _cuda_chunk.count_chunks(spec)
+        self.chunks = count_chunks(spec)
         per_chunk = spec.HV * _HEAD_TILE
-        self.at_once = min(self.chunks, max(1, _cuda_chunk.MAX_WORKSPACE // per_chunk), LARGEST_GRID)
+        self.at_once = min(self.chunks, max(1, _cuda_chunk_call.MAX_WORKSPACE // per_chunk), LARGEST_GRID)
         # States between parts, those that one launch reads and those it writes.
-        self.carried = 0 if self.at_once == self.chunks else spec.HV * _cuda_chunk._align(spec.K, 64) * spec.V * 4
+        self.carried = 0 if self.at_once == self.chunks else spec.HV * align(spec.K, 64) * spec.V * 4
         self.workspace = self.at_once * per_chunk + 2 * self.carried
         keys = 2 * max(_key_tile(spec.K), 2 * CHUNK * (CHUNK + 4) * 4)
         self.prepare_shared = keys + 2 * CHUNK * (CHUNK + 8) * 4 + 2 * CHUNK * 4 + 4 * CHUNK * 16
         self.blocks = spec.N * spec.HV * (spec.V // tile.columns)
-        self.fixed = _cuda_chunk._fixed(spec, spec.HV // spec.H, 0)
+        self.fixed = fix(spec, spec.HV // spec.H, 0)
         self.kernels: dict[bool, tuple[_cuda_loader.Kernel, ...]] = {}
 
     def load(self, aligned: bool) -> tuple[_cuda_loader.Kernel, ...]:
@@ -78,11 +78,10 @@ class Plan:
         aligned = not (q | k | v) & 15 and self.fixed.aligned
         prepare, walk = self.kernels.get(aligned) or self.load(aligned)
         stream = call.stream
-        workspace = _cuda_chunk.borrow_workspace(call, self.workspace, stream)  # a reference until all is launched
+        workspace = borrow_workspace(call, self.workspace, stream)  # a reference until all is launched
         tiles = _arrays.pointer(workspace)
         carried = tiles + self.workspace - 2 * self.carried
         scalars = call.scale, call.softplus_beta, call.softplus_threshold
-        params = _cuda_chunk._params
         for part, first in enumerate(range(0, self.chunks, self.at_once)):
             last = min(first + self.at_once, self.chunks)
             read, written = carried + part % 2 * self.carried, carried + (part + 1) % 2 * self.carried
@@ -115,7 +114,7 @@ def pick_tile(spec: Spec, gpu: Gpu) -> Tile | None:
 
 def specialize(spec: Spec, tile: Tile, aligned: bool) -> list[tuple[str, dict[str, _cuda_loader.Define]]]:
     """Stems and definitions of a call's kernels, in order."""
-    shared, state, none, gates = _cuda_chunk.definitions(spec, aligned)
+    shared, state, none, gates = definitions(spec, aligned)
     return [
         ("chunk_prepare_f32", shared | none | gates),
         (
@@ -126,4 +125,4 @@ def specialize(spec: Spec, tile: Tile, aligned: bool) -> list[tuple[str, dict[st
 
 
 def _key_tile(K: int) -> int:
-    return CHUNK * _cuda_chunk._align(K, 64) * 4
+    return CHUNK * align(K, 64) * 4

@@ -9,7 +9,8 @@ from __future__ import annotations
 from functools import reduce
 from operator import or_
 
-from gdr import _cuda_chunk, _cuda_loader
+from gdr import _cuda_loader
+from gdr._cuda_chunk_call import CHUNK, align, count_chunks, definitions, fix, params
 from gdr._cuda_fused_recurrent import Pointers
 from gdr._inputs import Call, refuse_misaligned
 from gdr._spec import Spec
@@ -29,8 +30,8 @@ class Plan:
         self.pointers = Pointers(call)
         self.blocks = spec.N * spec.HV * (spec.V // columns)
         self.threads, self.shared = 2 * columns + 256, _shared(spec.K, columns)
-        self.chunks = _cuda_chunk.count_chunks(spec)
-        self.fixed = _cuda_chunk._fixed(spec, spec.HV // spec.H, 0)
+        self.chunks = count_chunks(spec)
+        self.fixed = fix(spec, spec.HV // spec.H, 0)
         self.kernels: dict[bool, _cuda_loader.Kernel] = {}
 
     def load(self, aligned: bool) -> _cuda_loader.Kernel:
@@ -47,7 +48,6 @@ class Plan:
         q, k, v, out = pointers[:4]
         aligned = not (q | k | v | out) & 15 and self.fixed.aligned
         kernel = self.kernels.get(aligned) or self.load(aligned)
-        params = _cuda_chunk._params
         scalars = call.scale, call.softplus_beta, call.softplus_threshold
         params.pack(*pointers, 0, 0, 0, 0, 0, *scalars, 0, self.chunks, *self.fixed.values)
         kernel.launch((self.blocks, 1, 1), (self.threads, 1, 1), params, call.stream, self.shared)
@@ -63,15 +63,14 @@ def specialize(
     spec: Spec, columns: int, aligned: bool, wide: bool = False
 ) -> tuple[str, dict[str, _cuda_loader.Define]]:
     """Stem and definitions of a call's kernel."""
-    shared, state, _, gates = _cuda_chunk.definitions(spec, aligned, wide)
+    shared, state, _, gates = definitions(spec, aligned, wide)
     return "chunk_fused_sm90", shared | state | gates | {"GDR_COLUMNS": columns}
 
 
 def _shared(K: int, columns: int) -> int:
     """Bytes of shared memory of a block: the struct Shared of chunk_fused_sm90.cu."""
-    chunk = _cuda_chunk.CHUNK
-    keys, values = 2 * _cuda_chunk._key_tile(K), chunk * (columns * 2 + 16)
-    decays = chunk * (24 + 3 * 4)
+    keys, values = 2 * CHUNK * align(K, 64) * 2, CHUNK * (columns * 2 + 16)
+    decays = CHUNK * (24 + 3 * 4)
     triangle = 10 * 512 + 4 * 324 * 4
     shared = _STAGES * (keys + decays) + _SLOTS * (values + 16 * 1024) + 2 * triangle
     return shared + 2 * (_STAGES + _SLOTS) * 8

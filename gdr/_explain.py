@@ -121,8 +121,9 @@ def _form(call: Call) -> str:
         return "recurrent, token by token"
     if _backends.backend(spec) != "cuda":
         return f"chunkwise, {call.chunk_size} tokens a chunk"
-    module = _backends.module(spec)
-    chosen = module.choose(spec, _cuda_loader.describe_gpu(int(spec.device)), call.batch_invariant)
+    from gdr._cuda_chunk_call import chunk_size
+
+    chosen = _backends.module(spec).choose(spec, _cuda_loader.describe_gpu(int(spec.device)), call.batch_invariant)
     if isinstance(chosen, str):
         return f"recurrent, token by token: {chosen}"
-    return f"chunkwise, {module.chunk_size(spec)} tokens a chunk"
+    return f"chunkwise, {chunk_size(spec)} tokens a chunk"

@@ -30,6 +30,7 @@ import pytest
 
 from gdr import _arrays, _inputs
 from gdr import _cuda_chunk as cuda_chunk
+from gdr import _cuda_chunk_call as cuda_chunk_call
 from gdr import _cuda_loader as loader
 from gdr.testing import Inputs
 
@@ -138,7 +139,7 @@ def gpu(
         patch.setitem(sys.modules, "cupy", _cupy())
         patch.setattr(loader, "describe_gpu", lambda device: card)
         patch.setattr(cuda_chunk, "describe_gpu", lambda device: card)
-        patch.setattr(cuda_chunk, "_capturing", lambda stream: False)
+        patch.setattr(cuda_chunk_call, "_capturing", lambda stream: False)
         _inputs.forget()
         yield
     _inputs.forget()

@@ -146,7 +146,7 @@ def test_segments(columns: int, segment: int, lengths: list[int], layout: str, m
 def test_segments_and_short_workspace(monkeypatch: pytest.MonkeyPatch) -> None:
     x = make_inputs(lengths=[64 * 30 + 5, 0, 64 * 11], H=1, HV=2, K=64, V=64, dtype="float16")
     use(monkeypatch, cuda_chunk.Cut(cuda_chunk.Tile(64, 1, 3, True), 4))
-    monkeypatch.setattr(cuda_chunk, "MAX_WORKSPACE", 1 << 20)
+    monkeypatch.setattr("gdr._cuda_chunk_call.MAX_WORKSPACE", 1 << 20)
     assert_chunk(x)
 
 
@@ -251,7 +251,7 @@ def test_strides_and_odd_addresses(name: str, dtype: str) -> None:
 def test_many_sequences_and_heads_and_short_workspace(dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
     x = make_inputs(lengths=[700, 0, 10, 900], H=2, HV=12, K=64, V=64, dtype=dtype)
     want = chunk(x, initial_state=x.initial_state)
-    monkeypatch.setattr(cuda_chunk, "MAX_WORKSPACE", 1 << 20)
+    monkeypatch.setattr("gdr._cuda_chunk_call.MAX_WORKSPACE", 1 << 20)
     parts = make_inputs(lengths=[700, 0, 10, 900], H=2, HV=12, K=64, V=64, dtype=dtype)
     _inputs.forget()
     for got, whole in zip(chunk(parts, initial_state=parts.initial_state), want):

@@ -107,7 +107,7 @@ def test_tiles_of_float32(device: None, tile: tuple[int, int, int], monkeypatch:
 
 def test_float32_in_parts(device: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """Five value heads of a key head; three chunks at a time, which ends within sequences and between them."""
-    monkeypatch.setattr(cuda_chunk, "MAX_WORKSPACE", 100_000)
+    monkeypatch.setattr("gdr._cuda_chunk_call.MAX_WORKSPACE", 100_000)
     x = make_inputs(lengths=[130, 0, 10, 96], H=1, HV=5, K=32, V=16, dtype="float32", gates="slow")
     assert_chunk(x)
 
