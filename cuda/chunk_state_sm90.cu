@@ -162,7 +162,7 @@ extern "C" __global__ void __launch_bounds__(kBlockThreads, 1) chunk_state_sm90(
     if (threadIdx.x == 0) {
 #pragma unroll
         for (int i = 0; i < kStages; ++i) sm.full[i].init(33), sm.empty[i].init(kWarps);
-        sm.outputs.init(kStorers);
+        sm.outputs.init();
         Barrier::publish_inits();
     }
     publish_to_engines();

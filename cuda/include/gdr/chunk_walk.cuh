@@ -12,6 +12,9 @@
 // it reads and store its outputs.
 //
 // A stage is what a chunk has in shared memory: K and Q as `keys`, `V`, and the decays `d`, `scaled_d` and `e`.
+//
+// The including file says which is the first of these warps, kFirstWarp, and with kLean that others need the registers:
+// what a step needs is then read in it, not a step before, and outputs are taken before the next chunk begins.
 #pragma once
 
 #include "gdr/chunk_state.cuh"
@@ -34,7 +37,7 @@ struct Outputs {
     char pieces[kCompose ? 16 : kPieces * kPieceBytes];
     Barrier full, empty;
 
-    __device__ __forceinline__ void init(int storers) { full.init(kWarps), empty.init(storers); }
+    __device__ __forceinline__ void init() { full.init(kWarps), empty.init(kStorers); }
 };
 
 // ---- The warps that store outputs.
