@@ -4,34 +4,54 @@
 //
 // A block has some columns of one value head of one sequence. Of its warpgroups
 //     one for each 64 columns walks from chunk to chunk with the state in registers;
-//     one, a chunk ahead of them, multiplies keys and queries and finds T and P;
-//     one, two chunks ahead, makes operands of K and Q and finds the decays; it asks for K and Q one more chunk ahead,
-//     brings values, and stores outputs, which lie where their chunk's K was.
-// What all of them move through shared memory is close to what it can: tokens are copied by whole rows, and K and Q
-// become matrices where they are.
+//     one, a chunk ahead of them, multiplies keys and queries and finds P and the inverses of T's diagonal blocks;
+//     one, two chunks ahead, makes operands of K and Q, finds the decays and the rest of T, and has the copy engine bring
+//     tokens and store outputs, which lie where their chunk's values were.
+// All of these take nearly as long, and what they move through shared memory is close to what it can. So two blocks that
+// have the same key head, a cluster, each make operands of half of its tokens, for both; and if they have the same value
+// head, one finds T and the other P.
 //
 //   GDR_COLUMNS    value columns of a block, 64 or 128
+//   GDR_CLUSTER    blocks of a cluster, 1 or 2
 // requires: sm_90
 // options: -arch=sm_90a
 namespace gdr {
-constexpr int kColumns = GDR_COLUMNS, kSplit = 1, kStages = 4, kFirstWarp = 8;
+constexpr int kColumns = GDR_COLUMNS, kCluster = GDR_CLUSTER, kSplit = 1, kStages = 4, kFirstWarp = 8;
 constexpr bool kCompose = false, kLean = true;
 }  // namespace gdr
 
 #define GDR_TOKENS_TOGETHER 1
 #include "gdr/chunk_local.cuh"
 #include "gdr/chunk_walk.cuh"
+#include "gdr/cluster.cuh"
 
 using namespace gdr;
 
 namespace {
 
 constexpr int kSlots = 2;          // chunks whose values, T and P are there
-constexpr int kMovers = 4;         // warps that bring tokens, 16 of a chunk each
-constexpr int kAuxiliary = kRows;  // warps that find T and P
+constexpr int kAuxiliary = kRows;  // warps that multiply keys and queries
+constexpr int kMovers = 4;         // warps that make operands
 static_assert(kFirstWarp == kAuxiliary + kMovers);
+// What one of these does alone: a chunk's decays; columns of T, beside which one has K and Q brought, one values, and
+// stores outputs.
+constexpr int kDecaysRole = 0, kFirstColumnRole = 1, kKeysRole = 2, kValuesRole = 3, kSolvers = 3;
+
+// Whether the blocks of a cluster have columns of the same value head. The first one then finds T for both, and the second
+// one P.
+constexpr bool kOneHead = kCluster == 2 && kBlocks % 2 == 0;
+__device__ __forceinline__ bool finds_T(u32 rank) { return !kOneHead || rank == 0; }
+__device__ __forceinline__ bool finds_P(u32 rank) { return !kOneHead || rank == 1; }
+
+struct TileParams {
+    TileMap k, q, v, out;
+    Params params;
+};
 
 struct Decay {
+    // Where a token's decays lie: with those of the tokens that the same lanes have of 16.
+    static __device__ __forceinline__ int place(int t) { return t / 16 * 16 + t % 8 / 2 * 4 + t / 8 % 2 * 2 + t % 2; }
+
     Gates gates;
     float d[kC], scaled_d[kC], e[kC];
 };
@@ -42,22 +62,33 @@ struct Whole {
 };
 
 struct Shared {
-    char keys[kStages][2 * kKeyTileBytes];  // K, Q; then outputs
-    char values[kSlots][kC * kValueRow];
+    char keys[kStages][2 * kKeyTileBytes];                 // K, Q
+    char values[kSlots][kColumns / 64 * kValueTileBytes];  // then outputs
     Decay decays[kStages];
     char squares[kSlots][2 * kSquareBytes];  // T, P
-    Triangle triangles[2];
-    Barrier keys_full[kStages], values_full[kSlots], squares_full[kSlots], done[kStages];
+    Triangle triangles[kSlots];
+    // K and Q as they are in memory; as operands; the inverses of T's diagonal blocks; T and P.
+    Barrier tokens_full[kStages], keys_full[kStages], values_full[kSlots], inverted[kSlots], squares_full[kSlots];
+    Barrier done[kStages];  // the walk is: of K and Q, values, T and P, and outputs are there
+    // In a cluster: both walks are done with K and Q; the other block has what this one copied there.
+    Barrier keys_empty[kStages], keys_copied[kStages];
+    Barrier squares_empty[kSlots];  // the other block's walk is done with T and P: more can be copied there
 };
 
-// Outputs by tokens, in the rows of K and, where these are shorter, of Q: 16 bytes of every 64 columns where they are in
-// different banks for 8 tokens and for 8 pieces.
-struct Rearranged {
-    static constexpr int kRow = kKeys * 2, kColumns64 = kKeys == 128 ? 128 : kKeyTileBytes;
-    static __device__ __forceinline__ u32 at(int token, int columns64, int piece) {
-        return token * kRow + columns64 * kColumns64 + (piece ^ token % 8) * 16;
+__device__ __forceinline__ void init_barriers(Shared& sm, u32 rank) {
+#pragma unroll
+    for (int i = 0; i < kStages; ++i) {
+        sm.tokens_full[i].init(1), sm.keys_full[i].init(kMovers), sm.done[i].init(kWarps);
+        if constexpr (kCluster == 2) sm.keys_empty[i].init(2), sm.keys_copied[i].init(1);
     }
-};
+#pragma unroll
+    for (int i = 0; i < kSlots; ++i) {
+        sm.values_full[i].init(kAligned ? 1 : kMovers);
+        sm.inverted[i].init(kAuxiliary), sm.squares_empty[i].init(1);
+        sm.squares_full[i].init((finds_T(rank) ? kSolvers : 0) + (finds_P(rank) ? kAuxiliary : 0) + kOneHead);
+    }
+    Barrier::publish_inits();
+}
 
 // A place in a ring of kCount, and how many rounds were done before.
 template <int kCount>
@@ -70,6 +101,12 @@ struct Turn {
     }
 };
 
+// What leads from an address in shared memory to the same one of the cluster's other block.
+__device__ __forceinline__ u32 to_other_block(const Shared& sm) {
+    if constexpr (kCluster == 1) return 0;
+    return address_in_block(shared_address(&sm), block_of_cluster() ^ 1) - shared_address(&sm);
+}
+
 struct Stage {
     const char *keys, *V;
     const float *d, *scaled_d, *e;
@@ -80,31 +117,29 @@ struct Feed {
     Turn<kStages> now = {};
     Turn<kSlots> slot = {};
 
-    __device__ __forceinline__ void wait() const {
-        sm.keys_full[now.at].wait(now.parity);
-        sm.values_full[slot.at].wait(slot.parity);
-        sm.squares_full[slot.at].wait(slot.parity);
-    }
+    __device__ __forceinline__ void wait() const { sm.keys_full[now.at].wait(now.parity); }
+    __device__ __forceinline__ void wait_for_values() const { sm.values_full[slot.at].wait(slot.parity); }
+    __device__ __forceinline__ void wait_for_squares() const { sm.squares_full[slot.at].wait(slot.parity); }
     __device__ __forceinline__ Stage stage() const {
         const Decay& decay = sm.decays[now.at];
         return {sm.keys[now.at], sm.values[slot.at], decay.d, decay.scaled_d, decay.e};
     }
     __device__ __forceinline__ u32 squares() const { return shared_address(sm.squares[slot.at]); }
     __device__ __forceinline__ void next() { now.next(), slot.next(); }
-    // Once all warps that walk are done with K.
+    // Outputs go where the warp's values were.
     __device__ __forceinline__ void give_back(const PackedOutputs& o) {
-        const int lane = threadIdx.x % 32, warp = threadIdx.x / 32 - kFirstWarp;
-        const u32 to = shared_address(sm.keys[now.at]) +
-                       Rearranged::at(lane / 16 * 8 + lane % 8, warp / 4, warp % 4 * 2 + lane / 8 % 2);
-        meet<2, 32 * kWarps>();
+        const int lane = threadIdx.x % 32, column = (threadIdx.x / 32 - kFirstWarp) * 16;
+        const u32 to =
+            shared_address(sm.values[slot.at]) + value_offset(lane / 16 * 8 + lane % 8, column + lane / 8 % 2 * 8);
 #pragma unroll
-        for (int i = 0; i < kRows; ++i) store_matrices_transposed(to + i * 16 * Rearranged::kRow, o[i]);
+        for (int i = 0; i < kRows; ++i) store_matrices_transposed(to + value_offset(i * 16, 0), o[i]);
+        publish_to_engines();
         __syncwarp();
         if (lane == 0) sm.done[now.at].arrive();
     }
 };
 
-// ---- The warps that bring tokens and store outputs.
+// ---- The warps that make operands.
 
 // What all lanes have the same takes no vector registers, of which these warps have few, if the compiler knows.
 __device__ __forceinline__ u32 same(u32 x) { return __reduce_max_sync(0xffffffffu, x); }
@@ -113,109 +148,150 @@ __device__ __forceinline__ i64 same(i64 x) {
     const unsigned long long high = same(static_cast<u32>(x >> 32));
     return static_cast<i64>(high << 32 | same(static_cast<u32>(x)));
 }
-__device__ __forceinline__ const char* same(const char* x) {
-    return reinterpret_cast<const char*>(same(reinterpret_cast<i64>(x)));
-}
-
 // Where the first token of the work has its own of a value head's.
 __device__ __forceinline__ i64 element(const Work& work, const TokenStrides& s) {
     return work.seq.batch * s.batch + work.seq.first * s.token + work.hv * s.head;
 }
 
 struct Mover {
+    const TileParams& tiles;
     const Params& p;
     Shared& sm;
     const int mover;         // the warp
+    const u32 rank, other;   // the block of the cluster; see to_other_block
     const int chunks, tail;  // tokens of the last one
+    const TilePlace keys_at, values_at;
     // Bytes from a token to the next: those of 64 tokens fit 32 bits.
     const u32 k_step, q_step, v_step, out_step;
-    GateBits bits;
-    const char *k, *q, *v;  // the chunk's first token
-    i64 a, b;               // its gates, in elements
-    char* outputs;          // the first token of the next chunk whose outputs are not stored
+    const i64 a, b;  // the gates of the sequence's first token, in elements
+    u32 A_log, dt_bias;
 
-    __device__ __forceinline__ Mover(const Params& p, const Work& work, Shared& sm, int mover)
-        : p(p),
+    __device__ __forceinline__ Mover(const TileParams& tiles, const Work& work, Shared& sm, int mover)
+        : tiles(tiles),
+          p(tiles.params),
           sm(sm),
           mover(same(mover)),
+          rank(kCluster == 2 ? block_of_cluster() : 0),
+          other(to_other_block(sm)),
           chunks(same(work.last)),
           tail(same(work.last > 0 ? work.tokens(work.last - 1) : 0)),
+          keys_at({0, same(static_cast<int>(work.seq.first)), same(work.hv / p.group),
+                   same(static_cast<int>(work.seq.batch))}),
+          values_at({same(work.first_column), keys_at.token, same(work.hv), keys_at.batch}),
           k_step(static_cast<u32>(p.k_strides.token) * kValueBytes),
           q_step(static_cast<u32>(p.q_strides.token) * kValueBytes),
           v_step(static_cast<u32>(p.v_strides.token) * kValueBytes),
           out_step(static_cast<u32>(p.out_strides.token) * kValueBytes),
-          k(same(token_row(p.k, p.k_strides, work.seq, 0, work.hv / p.group))),
-          q(same(token_row(p.q, p.q_strides, work.seq, 0, work.hv / p.group))),
-          v(same(token_row(p.v, p.v_strides, work.seq, 0, work.hv)) + work.first_column * kValueBytes),
           a(same(element(work, p.a_strides))),
-          b(same(element(work, p.b_strides))),
-          outputs(const_cast<char*>(same(token_row(p.out, p.out_strides, work.seq, 0, work.hv))) +
-                  work.first_column * kValueBytes) {
+          b(same(element(work, p.b_strides))) {
+        GateBits bits;
         bits.load_head(p, work.hv);
-        if constexpr (kRawGates) bits.A_log = same(bits.A_log), bits.dt_bias = same(bits.dt_bias);
+        if constexpr (kRawGates) A_log = same(bits.A_log), dt_bias = same(bits.dt_bias);
     }
 
     __device__ __forceinline__ int tokens(int chunk) const { return chunk + 1 < chunks ? kC : tail; }
-
-    // Copies the warp's tokens of K or Q, one after the other: whole rows of memory to whole rows.
-    __device__ __forceinline__ void bring(const char* from, u32 step, char* tile, int token, int tokens) const {
-        constexpr int kLanes = kKeys / 8, kAtOnce = 32 / kLanes;
-        const u32 lane = threadIdx.x % 32, keys = lane % kLanes;
-        const u32 to = shared_address(tile) + token * (kKeys * 2) + lane * 16;
-#pragma unroll
-        for (int i = 0; i < 16; i += kAtOnce) {
-            const int t = token + i + static_cast<int>(lane / kLanes);
-            const bool exists = t < tokens && (kK == kKeys || keys * 8 < kK);
-            copy16(to + i * (kKeys * 2), from + (exists ? t * step + keys * 16 : 0), exists);
-        }
+    // Where a token of a chunk is in memory, whose first one of the sequence is `at`.
+    __device__ __forceinline__ const char* find(const void* base, const TokenStrides& s, const TilePlace& at,
+                                                int chunk) const {
+        return gdr::at(base, kQkv,
+                       at.batch * s.batch + (at.token + i64{kC} * chunk) * s.token + at.head * s.head + at.column);
     }
-    // Makes operands of them in the same place; where they can not be copied by 16 bytes, reads them. A lane has token
-    // lane % 8 of each 8 and every fourth piece of 8 keys, other ones for each token: rows as well as matrices then lie
-    // in different banks.
-    __device__ __forceinline__ void convert(const char* from, u32 step, char* tile, int token, int tokens) const {
+    // The first token of K and Q that the warp has.
+    __device__ __forceinline__ int first_token() const {
+        return kCluster == 1 ? mover * 16 : rank * (kC / 2) + mover * 8;
+    }
+    // Brings the block's tokens of a chunk's K and Q: rows of memory to rows.
+    __device__ __forceinline__ void bring_keys(int chunk, u32 keys, Barrier& full) const {
+        if (threadIdx.x % 32 != 0) return;
+        full.arrive_expect(2 * kKeyTileBytes / kCluster);
+        TilePlace at = keys_at;
+        at.token += chunk * kC + rank * (kC / 2);
+        const u32 to = keys + rank * (kKeyTileBytes / 2);
+        copy_tile(to, tiles.k, at, full);
+        copy_tile(to + kKeyTileBytes, tiles.q, at, full);
+    }
+    // Makes operands of two groups of 8 tokens in the same place; where the copy engine can not bring them, reads them. A
+    // lane has token lane % 8 and every fourth piece of 8 keys, other ones for each token: rows as well as matrices then
+    // lie in different banks.
+    struct Group {
+        u32 at;
+        int token;
+        const void* from;
+        const TokenStrides& strides;
+        u32 step;
+    };
+    __device__ __forceinline__ void convert(const Group (&groups)[2], int chunk) const {
         const u32 lane = threadIdx.x % 32, row = lane % 8, turned = kAligned ? row : 0;
         const u32 piece[2] = {lane / 8 ^ turned, lane / 8 ^ turned ^ 4};  // and those 8 after them
-        const u32 here = shared_address(tile) + token / 8 * kTokenStep;
         Rows rows[2];
 #pragma unroll
-        for (int half = 0; half < 2; ++half) {
+        for (int n = 0; n < 2; ++n) {
+            const Group& g = groups[n];
+            const int t = g.token + static_cast<int>(row);
             if constexpr (kAligned) {
 #pragma unroll
                 for (int i = 0; i < Rows::kChunks; ++i)
-                    load_shared16(here + row * (kKeys * 2) + piece[i % 2] * 16 + half * kTokenStep + i / 2 * 128,
-                                  rows[half].words[i]);
+                    load_shared16(g.at + row * (kKeys * 2) + piece[i % 2] * 16 + i / 2 * 128, rows[n].words[i]);
+                if (tokens(chunk) < kC && t >= tail) rows[n].clear();
             } else {
-                const int t = token + half * 8 + static_cast<int>(row);
-                if (t < tokens) rows[half].load(from + (t * step + lane / 8 * 16));
-                else rows[half].clear();
+                if (t < tokens(chunk))
+                    rows[n].load(find(g.from, g.strides, keys_at, chunk) + (t * g.step + lane / 8 * 16));
+                else rows[n].clear();
             }
         }
 #pragma unroll
-        for (int half = 0; half < 2; ++half) {
-            rows[half].convert(rows[half].norm_factor());
+        for (int n = 0; n < 2; ++n) {
+            rows[n].convert(rows[n].norm_factor());
             // All are converted where they are before the first is stored: through other registers, which are few, one
             // would wait for the other.
 #pragma unroll
-            for (int i = 0; i < Rows::kChunks * 4; ++i) ptx::forget(rows[half].words[i / 4][i % 4]);
+            for (int i = 0; i < Rows::kChunks * 4; ++i) ptx::forget(rows[n].words[i / 4][i % 4]);
         }
         __syncwarp();
 #pragma unroll
-        for (int half = 0; half < 2; ++half) {
-            rows[half].store([&](int i) {
-                return tile + token / 8 * kTokenStep + row * 16 + piece[i % 2] * kMatrixBytes + half * kTokenStep +
-                       i / 2 * (8 * kMatrixBytes);
-            });
+        for (int n = 0; n < 2; ++n) {
+#pragma unroll
+            for (int i = 0; i < Rows::kChunks; ++i)
+                store_shared16(groups[n].at + row * 16 + piece[i % 2] * kMatrixBytes + i / 2 * (8 * kMatrixBytes),
+                               rows[n].words[i]);
         }
     }
-    // The decays of a chunk, by one of the warps.
-    __device__ __forceinline__ bool has_decays(int chunk) const { return chunk < chunks && chunk % kMovers == mover; }
-    __device__ __forceinline__ void load_gates(int chunk) {
-        if (has_decays(chunk)) bits.load_tokens(p, a, b, tokens(chunk));
-        a += kC * p.a_strides.token, b += kC * p.b_strides.token;
+    __device__ __forceinline__ void convert_keys(int chunk, u32 keys) const {
+        const int token = first_token();
+        const u32 at = keys + token / 8 * kTokenStep;
+        const Group K = {at, token, p.k, p.k_strides, k_step},
+                    Q = {at + kKeyTileBytes, token, p.q, p.q_strides, q_step};
+        if constexpr (kCluster == 2) {
+            convert({K, Q}, chunk);
+        } else {
+            convert({K, {K.at + kTokenStep, token + 8, p.k, p.k_strides, k_step}}, chunk);
+            convert({Q, {Q.at + kTokenStep, token + 8, p.q, p.q_strides, q_step}}, chunk);
+        }
     }
-    __device__ __forceinline__ void fill_decays(int chunk) {
-        if (!has_decays(chunk)) return;
+    // Says that the warp's tokens are there, and copies them to the other block.
+    __device__ __forceinline__ void pass_on(u32 keys, Barrier& full) const {
+        publish_to_engines();
+        __syncwarp();
+        if (threadIdx.x % 32 != 0) return;
+        if constexpr (kCluster == 1) {
+            full.arrive();
+        } else {
+            full.arrive_expect(2 * kTokenStep);  // of the other block's tokens
+            const u32 from = keys + first_token() / 8 * kTokenStep;
+#pragma unroll
+            for (int i = 0; i < 2; ++i)
+                copy_in_cluster(from + i * kKeyTileBytes + other, from + i * kKeyTileBytes, kTokenStep,
+                                full.address() + other);
+        }
+    }
+    // The decays of a chunk.
+    __device__ __forceinline__ void load_gates(int chunk, GateBits& bits) const {
+        const i64 first = i64{kC} * chunk;
+        bits.load_tokens(p, a + first * p.a_strides.token, b + first * p.b_strides.token, tokens(chunk));
+    }
+    __device__ __forceinline__ void fill_decays(int chunk, GateBits& bits) const {
         Decay& to = sm.decays[chunk % kStages];
+        bits.A_log = A_log, bits.dt_bias = dt_bias;
         bits.finish(p, tokens(chunk), to.gates);
         __syncwarp();
 #pragma unroll
@@ -224,104 +300,170 @@ struct Mover {
             fill_factors(to.gates, to, t, t / 16 * 16, p.scale);
         }
     }
-    __device__ __forceinline__ void bring_values(char* values, int token, int tokens) const {
-        const int lane = threadIdx.x % 32, t = token + lane / 8;
-        char* to = values + t * kValueRow + lane % 8 * 16;
-        u32 offset = t * v_step + lane % 8 * 16;
-#pragma unroll 2
-        for (int i = 0; i < 16; i += 4) {
-            const bool exists = t + i < tokens;
+    // Of values and outputs one warp has all tokens; where the copy engine can not move them, each has 16.
+    static constexpr int kTokens = kAligned ? kC : kC / kMovers;
+
+    __device__ __forceinline__ void bring_values(int chunk, char* values, Barrier& full) const {
+        const int lane = threadIdx.x % 32, first = kAligned ? 0 : mover * kTokens, tokens = this->tokens(chunk);
+        if (kAligned && tokens == kC) {
+            if (lane != 0) return;
+            full.arrive_expect(sizeof(sm.values[0]));
 #pragma unroll
-            for (int j = 0; j < kColumns / 64; ++j) {
-                if constexpr (kAligned) {
-                    copy16(shared_address(to + j * 128), v + (exists ? offset : 0) + j * 128, exists);
-                } else {
-                    u32 words[4];
-                    load_chunk<kQkv, 8, false>(v + offset, j * 64, exists ? 8 : 0, words);
-                    *reinterpret_cast<uint4*>(to + j * 128) = make_uint4(words[0], words[1], words[2], words[3]);
-                }
+            for (int i = 0; i < kColumns / 64; ++i) {
+                TilePlace at = values_at;
+                at.column += i * 64, at.token += chunk * kC;
+                copy_tile(shared_address(values) + value_offset(0, i * 64), tiles.v, at, full);
             }
-            offset += 4 * v_step, to += 4 * kValueRow;
+            return;
         }
-        if constexpr (!kAligned) __threadfence_block();
-    }
-    __device__ __forceinline__ void store_outputs(const char* keys, int token, int tokens) {
-        const int lane = threadIdx.x % 32, t = token + lane / 8;
-        u32 offset = t * out_step + lane % 8 * 16;
-#pragma unroll 2
-        for (int i = 0; i < 16; i += 4) {
-            u32 words[kColumns / 64][4];
+        // What follows the sequence's last token may be anything: zeros are there instead.
+        const char* from = find(p.v, p.v_strides, values_at, chunk);
+#pragma unroll 1
+        for (int t = first + lane / 8; t < first + kTokens; t += 4) {
 #pragma unroll
-            for (int j = 0; j < kColumns / 64; ++j)
-                load_shared16(shared_address(keys) + Rearranged::at(t + i, j, lane % 8), words[j]);
-#pragma unroll
-            for (int j = 0; j < kColumns / 64; ++j)
-                store_chunk<kQkv, 8, kAligned>(outputs + offset, j * 64, t + i < tokens ? 8 : 0, words[j]);
-            offset += 4 * out_step;
+            for (int i = 0; i < kColumns / 64; ++i) {
+                u32 words[4];
+                load_chunk<kQkv, 8, kAligned>(from + (t * v_step + lane % 8 * 16), i * 64, t < tokens ? 8 : 0, words);
+                store_shared16(shared_address(values) + value_offset(t, i * 64 + lane % 8 * 8), words);
+            }
         }
         __syncwarp();
-        outputs += i64{kC} * out_step;
+        if (lane == 0) full.arrive();
+    }
+    // Stores a chunk's outputs; their place is free once wait_bulk_stores_read has returned in lane 0.
+    template <bool kWhole>
+    __device__ __forceinline__ void store_outputs(int chunk, const char* values) const {
+        const int lane = threadIdx.x % 32, first = kAligned ? 0 : mover * kTokens;
+        const int tokens = kWhole ? kC : this->tokens(chunk);
+        const u32 from = shared_address(values);
+        if (kAligned && tokens == kC) {
+            if (lane != 0) return;
+#pragma unroll
+            for (int i = 0; i < kColumns / 64; ++i) {
+                TilePlace at = values_at;
+                at.column += i * 64, at.token += chunk * kC;
+                store_tile(tiles.out, at, from + value_offset(0, i * 64));
+            }
+            end_tile_stores();
+            return;
+        }
+        char* to = const_cast<char*>(find(p.out, p.out_strides, values_at, chunk));
+#pragma unroll 1
+        for (int t = first + lane / 8; t < first + kTokens; t += 4) {
+#pragma unroll
+            for (int i = 0; i < kColumns / 64; ++i) {
+                u32 words[4];
+                load_shared16(from + value_offset(t, i * 64 + lane % 8 * 8), words);
+                store_chunk<kQkv, 8, kAligned>(to + (t * out_step + lane % 8 * 16), i * 64, t < tokens ? 8 : 0, words);
+            }
+        }
     }
 
-    __device__ __forceinline__ void run() {
-        if (chunks == 0) return;
-        Turn<kStages> now, before;
-        Turn<kSlots> slot;
-        // In round i, K and Q of chunk i are asked for, and those of the chunk before have come. The walk is done with chunk
-        // i - 4: they take its place, and the values of chunk i - 2 that of its values.
+    // A column of T below the inverses.
+    __device__ __forceinline__ void solve(int chunk, int column) const {
+        const int slot = chunk % kSlots;
+        const Gates& gates = sm.decays[chunk % kStages].gates;
+        const Triangle& triangle = sm.triangles[slot];
+        char* const T = sm.squares[slot];
+        sm.inverted[slot].wait(chunk / kSlots & 1);
+        if (column == 0) solve_column<Whole, 0, true>(triangle, gates, T);
+        else if (column == 1) solve_column<Whole, 1, true>(triangle, gates, T);
+        else solve_column<Whole, 2, true>(triangle, gates, T);
+        publish_to_engines();
+        __syncwarp();
+        if (threadIdx.x % 32 != 0) return;
+        sm.squares_full[slot].arrive();
+        // The last block of the diagonal, which has nothing below it, goes with the column beside it.
+        if constexpr (kOneHead)
+            copy_in_cluster(shared_address(T) + column * kColumnBytes + other,
+                            shared_address(T) + column * kColumnBytes, (column == kSolvers - 1 ? 2 : 1) * kColumnBytes,
+                            sm.squares_full[slot].address() + other);
+    }
+    // Lets the other block copy T or P of a chunk here.
+    __device__ __forceinline__ void let_squares_come(int chunk) const {
+        if (!kOneHead || threadIdx.x % 32 != 0) return;
+        Barrier& full = sm.squares_full[chunk % kSlots];
+        full.arrive_expect(kSquareBytes);
+        if (chunk >= kSlots) arrive_in_cluster(sm.squares_empty[chunk % kSlots].address() + other);
+    }
+
+    __device__ __forceinline__ void wait_done(int chunk) const { sm.done[chunk % kStages].wait(chunk / kStages & 1); }
+
+    // Asks for the first chunk. One warp does it, before anything else; more at once would only come later.
+    __device__ __forceinline__ void start() const {
+        for (int t = threadIdx.x % 32; t < tokens(0); t += 32) {
+            ptx::prefetch(at(p.a, p.a_type, a + t * p.a_strides.token));
+            ptx::prefetch(at(p.b, p.b_type, b + t * p.b_strides.token));
+        }
+        for (int chunk = 0; chunk < min(chunks, kSlots); ++chunk) let_squares_come(chunk);
+        if (!kAligned || chunks == 0) return;
+        bring_keys(0, shared_address(sm.keys[0]), sm.tokens_full[0]);
+        bring_values(0, sm.values[0], sm.values_full[0]);
+    }
+
+    // In round i, K and Q of chunk i are asked for, and those of the chunk before have come. The walk is done with chunk
+    // i - 4: they take the place of its K and Q, and the values of chunk i - 2 that of its outputs. What one warp does alone
+    // goes round, so that none has more than the others.
+    __device__ __forceinline__ void run() const {
 #pragma unroll 1
         for (int i = 0; i < chunks + 2; ++i) {
-            // The warp's first token; what follows from it is found anew, not kept from chunk to chunk.
-            u32 token = mover * 16;
-            ptx::forget(token);
-            load_gates(i);
-            if (i >= kStages) {
-                sm.done[now.at].wait(now.parity ^ 1);
-                store_outputs(sm.keys[now.at], token, kC);
-            }
-            if (i >= 2) {
-                bring_values(sm.values[slot.at], token, tokens(i - 2));
-                sm.values_full[slot.at].arrive_after_copies();
-                v += i64{kC} * v_step;
-                slot.next();
-            }
-            end_copies();
-            if (i > 0) {
-                wait_copies_but<1>();
-                if (i <= chunks) {
-                    const int here = tokens(i - 1);
-                    char *const keys = sm.keys[before.at], *const queries = keys + kKeyTileBytes;
+            const int role = (mover - i) & (kMovers - 1), stage = i % kStages, slot = i % kSlots;
+            const bool again = i >= kStages;  // the places were used before
+            const bool started = kAligned && i == 0;
+            GateBits bits;
+            if (role == kDecaysRole && i < chunks) load_gates(i, bits);
+            if (!kAligned && again) wait_done(i - kStages);
+            if (!kAligned || role == kValuesRole) {
+                if (again) {
+                    if constexpr (kAligned) wait_done(i - kStages);
+                    if (role == kValuesRole) let_squares_come(i - kSlots);
+                    store_outputs<true>(i - kStages, sm.values[slot]);
+                    if (threadIdx.x % 32 == 0) wait_bulk_stores_read();
                     __syncwarp();
-                    convert(k - i64{kC} * k_step, k_step, keys, token, here);
-                    convert(q - i64{kC} * q_step, q_step, queries, token, here);
-                    publish_to_engines();
-                    __syncwarp();
-                    if (threadIdx.x % 32 == 0) sm.keys_full[before.at].arrive();
                 }
-                before.next();
+                if (again) bring_values(i - kSlots, sm.values[slot], sm.values_full[slot]);
+                else if (!started && i < min(chunks, kSlots)) bring_values(i, sm.values[slot], sm.values_full[slot]);
             }
-            if (kAligned && i < chunks) {
-                bring(k, k_step, sm.keys[now.at], token, tokens(i));
-                bring(q, q_step, sm.keys[now.at] + kKeyTileBytes, token, tokens(i));
+            if (role == kKeysRole && !started && i < chunks) {
+                if (kAligned && again) wait_done(i - kStages);
+                if (kCluster == 2 && again) {
+                    sm.keys_copied[stage].wait(i / kStages & 1 ^ 1);
+                    if (threadIdx.x % 32 == 0) {
+                        sm.keys_empty[stage].arrive();
+                        arrive_in_cluster(sm.keys_empty[stage].address() + other);
+                    }
+                }
+                if constexpr (kAligned) bring_keys(i, shared_address(sm.keys[stage]), sm.tokens_full[stage]);
             }
-            k += i64{kC} * k_step, q += i64{kC} * q_step;
-            end_copies();
-            now.next();
-            fill_decays(i);
+            if (i > 0 && i <= chunks) {
+                const int chunk = i - 1, stage = chunk % kStages;
+                const u32 keys = shared_address(sm.keys[stage]);
+                if constexpr (kAligned) sm.tokens_full[stage].wait(chunk / kStages & 1);
+                const auto wait_for_room = [&] {
+                    if (kCluster == 2 && chunk >= kStages) sm.keys_empty[stage].wait(chunk / kStages & 1 ^ 1);
+                };
+                if constexpr (!kAligned) wait_for_room();
+                convert_keys(chunk, keys);
+                if constexpr (kAligned) wait_for_room();
+                pass_on(keys, sm.keys_full[stage]);
+            }
+            if (i >= 2 && role != kDecaysRole && finds_T(rank)) solve(i - 2, role - kFirstColumnRole);
+            if (role == kDecaysRole && i < chunks) {
+                if (kAligned && again) wait_done(i - kStages);
+                fill_decays(i, bits);
+            }
         }
 #pragma unroll 1
-        for (int chunk = chunks - 2; chunk < chunks; ++chunk) {
-            if (chunk >= 0) {
-                sm.done[now.at].wait(now.parity ^ 1);
-                store_outputs(sm.keys[now.at], mover * 16, tokens(chunk));
-            }
-            now.next();
+        for (int chunk = max(chunks - 2, 0); chunk < chunks; ++chunk) {
+            if (kAligned && ((mover - chunk) & (kMovers - 1)) != kValuesRole) continue;
+            wait_done(chunk);
+            store_outputs<false>(chunk, sm.values[chunk % kSlots]);
         }
-        wait_copies();
+        if (threadIdx.x % 32 == 0) wait_bulk_stores_read();
     }
 };
 
-// ---- The warps that find T and P.
+// ---- The warps that multiply keys and queries.
 
 // Starts products of rows of K or Q with those of K: the warp's 16 with all 64.
 __device__ __forceinline__ void start_products(Tile (&x)[kRows], u32 rows, u32 keys) {
@@ -341,9 +483,9 @@ __device__ __forceinline__ Tile select(const Tile (&x)[kRows], int n) {
     return y;
 }
 
-// Each warp has a row of blocks. They wait for each other once a chunk: what they share has two places.
+// Each warp has a row of blocks.
 __device__ __forceinline__ void find_squares(const Params& p, const Work& work, Shared& sm, int warp) {
-    constexpr int kThreads = 32 * kAuxiliary;
+    const u32 rank = kCluster == 2 ? block_of_cluster() : 0, other = to_other_block(sm);
     Turn<kStages> now, past;
     Turn<kSlots> slot;
 #pragma unroll 1
@@ -356,27 +498,44 @@ __device__ __forceinline__ void find_squares(const Params& p, const Work& work, 
         u32 row = warp;
         ptx::forget(row);
         sm.keys_full[now.at].wait(now.parity);
+        if (kCluster == 2 && threadIdx.x == 0) arrive_in_cluster(sm.keys_copied[now.at].address() + other);
+        // The walks are done with the chunk before the last one: what T was found from is free, and so are T and P, and
+        // copies of them have been made.
+        const auto wait_for_room = [&] {
+            if (chunk < kSlots) return;
+            sm.done[past.at].wait(past.parity), past.next();
+            if constexpr (kOneHead) sm.squares_empty[slot.at].wait(slot.parity ^ 1);
+        };
         Tile x[kRows];
-        start_products(x, keys, keys);
-        wait_products<0>();
-        pin(x);
-        const u32 corner = fill_lower<ByColumn>(gates, select(x, row), [&](int j) { return x[j]; }, triangle, row);
-        // The walk is done with the chunk before the last one: its T and P are free.
-        if (chunk >= kSlots) sm.done[past.at].wait(past.parity), past.next();
-        __syncwarp();
-        // Before the second products, not beside them: with the walk's in the queue a warp waits at each of them.
-        invert_block<Whole>(triangle, gates, T, corner, row);
-        start_products(x, keys + kKeyTileBytes, keys);
-        wait_products<0>();
-        pin(x);
-        fill_scores<Whole, ByColumn>(gates, select(x, row), [&](int j) { return x[j]; }, P, p.scale, row);
-        meet<1, kThreads>();
-        if (warp == 0) solve_column<Whole, 0, true>(triangle, gates, T);
-        else if (warp == 1) solve_column<Whole, 1, true>(triangle, gates, T);
-        else if (warp == 2) solve_column<Whole, 2, true>(triangle, gates, T);
-        publish_to_engines();
-        __syncwarp();
-        if (threadIdx.x % 32 == 0) sm.squares_full[slot.at].arrive();
+        if (finds_T(rank)) {
+            start_products(x, keys, keys);
+            wait_products<0>();
+            pin(x);
+            wait_for_room();
+            const u32 corner = fill_lower<ByColumn>(gates, select(x, row), [&](int j) { return x[j]; }, triangle, row);
+            __syncwarp();
+            // Before the second products, not beside them: with the walk's in the queue a warp waits at each of them.
+            invert_block<Whole>(triangle, gates, T, corner, row);
+            if constexpr (kOneHead) publish_to_engines();
+            __syncwarp();
+            if (threadIdx.x % 32 == 0) sm.inverted[slot.at].arrive();
+        }
+        if (finds_P(rank)) {
+            start_products(x, keys + kKeyTileBytes, keys);
+            wait_products<0>();
+            pin(x);
+            if constexpr (kOneHead) wait_for_room();
+            fill_scores<Whole, ByColumn>(gates, select(x, row), [&](int j) { return x[j]; }, P, p.scale, row);
+            publish_to_engines();
+            __syncwarp();
+            if (threadIdx.x % 32 == 0) sm.squares_full[slot.at].arrive();
+            if constexpr (kOneHead) {
+                meet<1, 32 * kAuxiliary>();
+                if (threadIdx.x == 0)
+                    copy_in_cluster(shared_address(P) + other, shared_address(P), kSquareBytes,
+                                    sm.squares_full[slot.at].address() + other);
+            }
+        }
         now.next(), slot.next();
     }
 }
@@ -386,32 +545,36 @@ __device__ __forceinline__ void find_squares(const Params& p, const Work& work, 
 constexpr bool kTwo = kColumns == 128;
 constexpr int kBlockThreads = kThreads + 32 * (kAuxiliary + kMovers);
 
-extern "C" __global__ void __launch_bounds__(kBlockThreads, 1) chunk_fused_sm90(const __grid_constant__ Params p) {
-    extern __shared__ __align__(128) char shared[];
+extern "C" __global__ void __cluster_dims__(kCluster, 1, 1) __launch_bounds__(kBlockThreads, 1)
+    chunk_fused_sm90(const __grid_constant__ TileParams tiles) {
+    const Params& p = tiles.params;
+    extern __shared__ __align__(1024) char shared[];
     Shared& sm = *reinterpret_cast<Shared*>(shared);
     const int lane = threadIdx.x % 32, warp = __shfl_sync(0xffffffffu, threadIdx.x / 32, 0);
     Work work;
     if (!find_work(p, work)) return;
 
+    if (warp == kAuxiliary) {
+        if (lane == 0) {
+            init_barriers(sm, kCluster == 2 ? block_of_cluster() : 0);
+            publish_to_engines();
+        }
+        __syncwarp();
+        Mover(tiles, work, sm, 0).start();
+    }
     // T and P are zero above the diagonal, and so are inverses of its blocks.
     for (int i = threadIdx.x; i < (sizeof(sm.squares) + sizeof(sm.triangles)) / 16; i += kBlockThreads)
         reinterpret_cast<uint4*>(sm.squares)[i] = make_uint4(0, 0, 0, 0);
-    if (threadIdx.x == 0) {
-#pragma unroll
-        for (int i = 0; i < kStages; ++i) sm.keys_full[i].init(kMovers), sm.done[i].init(kWarps);
-#pragma unroll
-        for (int i = 0; i < kSlots; ++i) sm.values_full[i].init(kMovers * 32), sm.squares_full[i].init(kAuxiliary);
-        Barrier::publish_inits();
-    }
     publish_to_engines();
-    __syncthreads();
+    if constexpr (kCluster == 2) meet_cluster();
+    else __syncthreads();
     // Where warps want the same, the first ones get it: of these the others wait for all they do.
     if (warp < kAuxiliary) {
         keep_registers<kTwo ? 72 : 136>();
         find_squares(p, work, sm, warp);
     } else if (warp < kFirstWarp) {
         keep_registers<kTwo ? 56 : 136>();
-        Mover(p, work, sm, warp - kAuxiliary).run();
+        Mover(tiles, work, sm, warp - kAuxiliary).run();
     } else {
         take_registers<kTwo ? 192 : 232>();
         const int column = work.first_column + (warp - kFirstWarp) * 16;
@@ -421,4 +584,6 @@ extern "C" __global__ void __launch_bounds__(kBlockThreads, 1) chunk_fused_sm90(
         compute(work, feed, S);
         save_state(p, work, S, column, 0);
     }
+    // While a block copies to the other one or arrives there, that one must not end.
+    if constexpr (kCluster == 2) meet_cluster();
 }

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from functools import reduce
+from math import ceil
 from operator import or_
 from typing import NamedTuple
 
@@ -26,7 +27,8 @@ from gdr._inputs import Call, refuse_misaligned
 from gdr._spec import Spec
 
 PARAMS = dict.fromkeys(("chunk_prepare", "chunk_state", "chunk_state_sm90", "chunk_combine"), params)
-PARAMS |= dict.fromkeys(("chunk_prepare_f32", "chunk_state_f32", "chunk_fused_sm90"), params)
+PARAMS |= dict.fromkeys(("chunk_prepare_f32", "chunk_state_f32"), params)
+PARAMS |= {"chunk_fused_sm90": _cuda_chunk_fused.params}
 
 _HEAD_TILE = 2 * 10 * 512 + 3 * CHUNK * 4  # bytes of T, P and the decays of a chunk and value head
 
@@ -233,13 +235,13 @@ def _fits(tile: Tile, K: int, batch_invariant: bool, gpu: Gpu) -> bool:
 def _cuts_by_warpgroups(spec: Spec, batch_invariant: bool, gpu: Gpu) -> Iterator[Cut]:
     chunks = count_chunks(spec)
     widest = 64 if spec.V % 128 else 128
-    # With fewer blocks the one kernel would leave a long sequence to a few of them.
-    filled = spec.N * spec.HV * (spec.V // widest) >= 0.67 * gpu.multiprocessors
-    if filled and not batch_invariant and _cuda_chunk_fused.takes(spec):
-        yield Cut(Tile(widest, 1, 3, warpgroups=True), fused=True)
     for columns in (64, 128)[: widest // 64]:
         tile = Tile(columns, 1, 3, warpgroups=True)
         yield Cut(tile)
+        # With fewer blocks the one kernel would leave a long sequence to a few of them.
+        filled = spec.N * spec.HV * (spec.V // columns) >= 0.45 * gpu.multiprocessors
+        if filled and not batch_invariant and _cuda_chunk_fused.takes(spec):
+            yield Cut(tile, fused=True)
         if batch_invariant or columns < widest or (spec.V + align(spec.K, 64)) % columns:
             continue
         for segment in (4, 8, 16, 32, 64, 128, 256):
@@ -252,18 +254,21 @@ def _cuts_by_warpgroups(spec: Spec, batch_invariant: bool, gpu: Gpu) -> Iterator
 _WALK_LATENCY, _COMPOSE_LATENCY, _BANDWIDTH = {64: 0.95, 128: 1.5}, {64: 0.8, 128: 1.05}, {64: 2.35e6, 128: 2.6e6}
 
 
-# The same of the one kernel: microseconds of a chunk and until a block's first one is there. Bytes that chunk_prepare
-# moves in a microsecond.
-_FUSED_LATENCY, _FUSED_START, _PREPARE_BANDWIDTH = 3.1, 15, 2.6e6
+# The same of the one kernel: microseconds of a chunk, where two blocks share a head's work and where not, and until a
+# block's first one is there. Bytes that chunk_prepare moves in a microsecond.
+_FUSED_LATENCY, _FUSED_START, _PREPARE_BANDWIDTH = {True: 1.76, False: 2.8}, 15, 2.6e6
 
 
 def _estimate(spec: Spec, cut: Cut, gpu: Gpu) -> float:
     """Microseconds of a call, as if all sequences were of one length, or nearly so."""
     chunks = -(-count_chunks(spec) // spec.N)
     if cut.fused:
-        blocks = spec.N * spec.HV * (spec.V // cut.tile.columns)
-        longest = chunks * (1 + 0.3 / (spec.N - 1)) if spec.varlen and spec.N > 1 else chunks  # of few, one is longer
-        return -(-blocks // gpu.multiprocessors) * (_FUSED_START + longest * _FUSED_LATENCY)
+        waves = spec.N * spec.HV * (spec.V // cut.tile.columns) / gpu.multiprocessors
+        latency = _FUSED_LATENCY[spec.V // cut.tile.columns % 2 == 0]
+        # Of few packed sequences one is longer, and the blocks of others come where those of shorter ones were.
+        packed = spec.varlen and spec.N > 1
+        steps = max(chunks * (1 + 0.3 / (spec.N - 1)), chunks * waves) if packed else chunks * ceil(waves)
+        return ceil(waves) * _FUSED_START + steps * latency
     segments = -(-chunks // cut.segment) if cut.segment else 1
     columns, steps = cut.tile.columns, cut.segment or chunks
     key_tile = _key_tile(spec.K) / (spec.HV // spec.H)

@@ -14,7 +14,8 @@ CHUNK, CHUNK_F32 = 64, 32  # tokens
 MAX_WORKSPACE = 512 << 20
 
 # The C struct Params of chunk.cuh: pointers; scalars and the chunks of this launch; then what a Spec fixes.
-params = _cuda_loader.Params("18Q 3f2i 18q 6q 2q 2q q 5i 4i 3i")
+LAYOUT = "18Q 3f2i 18q 6q 2q 2q q 5i 4i 3i"
+params = _cuda_loader.Params(LAYOUT)
 
 _captured: list[Any] = []  # workspaces of CUDA graphs, which live as long as the process
 

@@ -1,6 +1,6 @@
 """Launches the chunkwise rule on a CUDA device as one kernel, for batches whose sequences and heads fill it.
 
-cuda/chunk_fused_sm90.cu says how.  It needs no workspace, and its blocks know nothing of each other: a sequence's bits
+cuda/chunk_fused_sm90.cu says how.  It needs no workspace, and its blocks share nothing but operands: a sequence's bits
 follow from the sequence alone.
 """
 
@@ -9,11 +9,14 @@ from __future__ import annotations
 from functools import reduce
 from operator import or_
 
-from gdr import _cuda_loader
-from gdr._cuda_chunk_call import CHUNK, align, count_chunks, definitions, fix, params
+from gdr import _cuda_loader, _cuda_tiles
+from gdr._cuda_chunk_call import CHUNK, LAYOUT, align, count_chunks, definitions, fix
 from gdr._cuda_fused_recurrent import Pointers
 from gdr._inputs import Call, refuse_misaligned
 from gdr._spec import Spec
+
+# The C struct TileParams of chunk_fused_sm90.cu: maps of k, q, v and out, then Params.
+params = _cuda_loader.Params(f"{4 * _cuda_tiles.BYTES}s {LAYOUT}")
 
 _STAGES, _SLOTS = 4, 2  # chunks in shared memory: K and Q; values, T and P
 _LARGEST_STEP = 1 << 24  # elements from a token to the next: the bytes of 64 fit 32 bits
@@ -32,6 +35,15 @@ class Plan:
         self.threads, self.shared = 2 * columns + 256, _shared(spec.K, columns)
         self.chunks = count_chunks(spec)
         self.fixed = fix(spec, spec.HV // spec.H, 0)
+        self.mappable = (
+            self.fixed.aligned
+            and _cuda_tiles.available()
+            and all(_cuda_tiles.can_map(spec.strides[name], spec.shapes[name]) for name in ("q", "k", "v", "out"))
+        )
+        keys, values = (CHUNK // _cluster(spec, columns), align(spec.K, 64)), (CHUNK, 64)
+        boxes = {"k": (keys, False), "q": (keys, False), "v": (values, True), "out": (values, True)}
+        self.maps = [_cuda_tiles.TileMaps(spec.shapes[name], spec.strides[name], *box) for name, box in boxes.items()]
+        self.encoded: tuple[tuple[int, ...], bytes] = (), b""
         self.kernels: dict[bool, _cuda_loader.Kernel] = {}
 
     def load(self, aligned: bool) -> _cuda_loader.Kernel:
@@ -46,10 +58,16 @@ class Plan:
         if reduce(or_, pointers) & 7:
             refuse_misaligned(call)
         q, k, v, out = pointers[:4]
-        aligned = not (q | k | v | out) & 15 and self.fixed.aligned
+        aligned = self.mappable and not (q | k | v | out) & 15
+        maps = b""
+        if aligned:
+            addresses, maps = self.encoded
+            if addresses != pointers[:4]:
+                maps = b"".join(maps.encode(address) for maps, address in zip(self.maps, (k, q, v, out)))
+                self.encoded = pointers[:4], maps
         kernel = self.kernels.get(aligned) or self.load(aligned)
         scalars = call.scale, call.softplus_beta, call.softplus_threshold
-        params.pack(*pointers, 0, 0, 0, 0, 0, *scalars, 0, self.chunks, *self.fixed.values)
+        params.pack(maps, *pointers, 0, 0, 0, 0, 0, *scalars, 0, self.chunks, *self.fixed.values)
         kernel.launch((self.blocks, 1, 1), (self.threads, 1, 1), params, call.stream, self.shared)
 
 
@@ -64,13 +82,21 @@ def specialize(
 ) -> tuple[str, dict[str, _cuda_loader.Define]]:
     """Stem and definitions of a call's kernel."""
     shared, state, _, gates = definitions(spec, aligned, wide)
-    return "chunk_fused_sm90", shared | state | gates | {"GDR_COLUMNS": columns}
+    return "chunk_fused_sm90", shared | state | gates | {
+        "GDR_COLUMNS": columns,
+        "GDR_CLUSTER": _cluster(spec, columns),
+    }
+
+
+def _cluster(spec: Spec, columns: int) -> int:
+    """Blocks of a cluster: two that have the same K and Q, unless one would be left over."""
+    return 1 if spec.HV // spec.H * (spec.V // columns) % 2 else 2
 
 
 def _shared(K: int, columns: int) -> int:
     """Bytes of shared memory of a block: the struct Shared of chunk_fused_sm90.cu."""
-    keys, values = 2 * CHUNK * align(K, 64) * 2, CHUNK * (columns * 2 + 16)
+    keys, values = 2 * CHUNK * align(K, 64) * 2, CHUNK * columns * 2
     decays = CHUNK * (24 + 3 * 4)
     triangle = 10 * 512 + 4 * 324 * 4
     shared = _STAGES * (keys + decays) + _SLOTS * (values + 16 * 1024) + 2 * triangle
-    return shared + 2 * (_STAGES + _SLOTS) * 8
+    return shared + (5 * _STAGES + 4 * _SLOTS) * 8

@@ -262,7 +262,7 @@ class Params(threading.local):
         self._pack_launch = partial(_LAUNCH.pack_into, config, 0)
         self._launch: tuple | None = None
 
-    def pack(self, *values: float) -> None:
+    def pack(self, *values: float | bytes) -> None:
         """Fill in the struct's fields."""
         self._pack_into(self.buffer, 0, *values)
 

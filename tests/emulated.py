@@ -16,6 +16,7 @@ import hashlib
 import os
 import re
 import shutil
+import struct
 import subprocess
 import sys
 import types
@@ -32,6 +33,7 @@ from gdr import _arrays, _inputs
 from gdr import _cuda_chunk as cuda_chunk
 from gdr import _cuda_chunk_call as cuda_chunk_call
 from gdr import _cuda_loader as loader
+from gdr import _cuda_tiles as cuda_tiles
 from gdr.testing import Inputs
 
 HERE = Path(__file__).resolve().parent / "emulator"
@@ -113,7 +115,8 @@ class Kernel:
         assert self._library.size_of_params() == params.size
         assert 0 not in grid
         self._library.lie(self._lies)
-        assert self._library.run(params.buffer, *grid, block[0]) == 0, f"{self.stem}: threads wait for each other"
+        wrong = self._library.run(params.buffer, *grid, block[0])
+        assert wrong is None, f"{self.stem}: {wrong.decode()}"
 
 
 @contextmanager
@@ -133,6 +136,11 @@ def gpu(
     def load(stem: str, defines: Mapping[str, loader.Define], device: int) -> Kernel:
         return Kernel(stem, _build(stem, tuple(sorted(defines.items())), directory), lies)
 
+    def encode(maps: cuda_tiles.TileMaps, address: int) -> bytes:  # the struct TileMap of emulator/gdr/tiles.cuh
+        tokens, columns = maps.box
+        fields = address, *maps.extents, *maps.strides, columns, tokens, maps.turned
+        return struct.pack("Q4q3q3i52x", *fields)
+
     with monkeypatch.context() as patch:
         patch.setitem(_arrays._by_type, DeviceArray, _DeviceArrays())
         patch.setattr(loader, "load", load)
@@ -140,6 +148,8 @@ def gpu(
         patch.setattr(loader, "describe_gpu", lambda device: card)
         patch.setattr(cuda_chunk, "describe_gpu", lambda device: card)
         patch.setattr(cuda_chunk_call, "_capturing", lambda stream: False)
+        patch.setattr(cuda_tiles, "available", lambda: True)
+        patch.setattr(cuda_tiles.TileMaps, "encode", encode)
         _inputs.forget()
         yield
     _inputs.forget()
@@ -158,4 +168,6 @@ def _build(stem: str, defines: tuple[tuple[str, loader.Define], ...], directory:
     options += [f"-DDEPENDENT={int(source.dependent)}"]
     includes = [f"-I{HERE}", f"-I{loader.sources() / 'include'}"]
     subprocess.run([COMPILER, *options, *includes, str(HERE / "kernel.cpp"), "-o", str(library)], check=True)
-    return ctypes.CDLL(str(library))
+    loaded = ctypes.CDLL(str(library))
+    loaded.run.restype = ctypes.c_char_p
+    return loaded

@@ -19,6 +19,7 @@ from gdr import _cuda_chunk as cuda_chunk
 from gdr import _cuda_chunk_f32 as cuda_chunk_f32
 from gdr import _cuda_loader as loader
 from gdr import _cuda_ring as cuda_ring
+from gdr import _cuda_tiles as cuda_tiles
 from gdr._spec import OPERANDS, RAW_GATES, TOKENS, Form
 from gdr._warmup import make_spec
 from gdr.testing import Inputs, assert_close, make_inputs
@@ -251,6 +252,21 @@ def test_fused(fused: None, layout: str, K: int) -> None:
     lengths = [70, 0, 1, 64 * 5 + 63, 64]
     x = make_inputs(lengths=lengths, H=1, HV=2, K=K, V=128, dtype="bfloat16", layout=layout, gates="slow")
     assert_rule("chunk_gated_delta_rule", x, 1e-3, state_layout=layout, use_qk_l2norm_in_kernel=True)
+
+
+@pytest.mark.parametrize(("H", "V"), [(1, 128), (3, 128), (1, 256)])
+def test_fused_with_a_key_head_for_each_value_head(fused: None, H: int, V: int) -> None:
+    """No two blocks of all columns share K and Q, but two of half of them do, and what follows from these."""
+    assert_chunk(make_inputs(lengths=[130, 64 * 6], H=H, HV=H, K=128, V=V, dtype="bfloat16", gates="slow"))
+
+
+def test_fused_where_the_copy_engine_finds_no_tiles(fused: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    x = make_inputs(B=2, T=330, H=2, HV=4, K=64, V=128, dtype="bfloat16", gates="slow")
+    x.k = np.broadcast_to(x.k[:, :, :1], x.k.shape)
+    assert_chunk(x)
+    monkeypatch.setattr(cuda_tiles, "available", lambda: False)
+    x = make_inputs(B=2, T=330, H=2, HV=4, K=64, V=128, dtype="bfloat16", gates="slow")
+    assert_chunk(x)
 
 
 def test_fused_at_odd_addresses(fused: None) -> None:

@@ -1,5 +1,5 @@
-// As much of CUDA C++ as the kernels use, for one block at a time on one thread of the host: each of its threads is a
-// fiber that runs until it waits for others.
+// As much of CUDA C++ as the kernels use, for one block at a time (or one cluster of them) on one thread of the host:
+// each of its threads is a fiber that runs until it waits for others.
 #pragma once
 
 #include <ucontext.h>
@@ -17,9 +17,17 @@
 #define __global__
 #define __forceinline__ inline
 #define __launch_bounds__(...)
+#define __cluster_dims__(...)  // GDR_CLUSTER says it
 #define __grid_constant__
 #define __align__(n) __attribute__((aligned(n)))
-#define __shared__ static  // blocks run one after another
+
+// What is static belongs to all blocks: that will do where they run one after another.
+#define TEXT_OF_VALUE(x) #x
+#define TEXT_OF(x) TEXT_OF_VALUE(x)
+constexpr bool runs_alone(const char* cluster) { return cluster[0] == 'G' || cluster[0] == '1'; }
+#define __shared__                                                                                     \
+    static_assert(runs_alone(TEXT_OF(GDR_CLUSTER)), "blocks of a cluster have dynamic shared memory"); \
+    static
 
 struct alignas(8) float2 {
     float x, y;
@@ -59,8 +67,7 @@ inline int __clz(unsigned x) { return x ? __builtin_clz(x) : 32; }
 
 // ---- Threads.
 
-constexpr int kMostThreads = 1024, kSharedBytes = 227 << 10;
-alignas(1024) inline char shared[kSharedBytes];  // the dynamic shared memory
+constexpr int kMostThreads = 1024, kSharedBytes = 227 << 10;  // threads of all blocks at a time
 
 struct Fiber {
     ucontext_t context;
@@ -69,18 +76,14 @@ struct Fiber {
 };
 inline Fiber fibers[kMostThreads];
 inline ucontext_t scheduler;
-inline int current, threads, live;
+inline int current, live;
 inline bool lies;  // what peek4 sees is wrong now and then
 
 struct Index {
     unsigned x, y, z;
 };
-inline Index blockIdx, gridDim, blockDim;
-inline struct {
-    struct {
-        operator unsigned() const { return current; }
-    } x;
-} threadIdx;
+inline Index threadIdx, blockIdx, gridDim, blockDim;
+inline char* shared;  // the dynamic shared memory of the block whose thread runs
 
 inline void let_others() { swapcontext(&fibers[current].context, &scheduler); }
 
@@ -97,8 +100,22 @@ struct Meeting {
         }
     }
 };
-inline Meeting of_block, of_some[16], of_warps[kMostThreads / 32];
-inline void __syncthreads() { of_block.wait(live); }
+inline Meeting of_cluster, of_warps[kMostThreads / 32];
+
+// The blocks that run at the same time.
+namespace cluster {
+constexpr int kMost = 8;
+constexpr unsigned kStep = 1 << 18;  // bytes from the shared memory of one to the next
+alignas(1024) inline char memory[kMost * kStep];
+struct Block {
+    int live;
+    Meeting of_all, of_some[16];
+};
+inline Block blocks[kMost];
+inline int block, count;  // the one whose thread runs, of how many
+}  // namespace cluster
+
+inline void __syncthreads() { cluster::blocks[cluster::block].of_all.wait(cluster::blocks[cluster::block].live); }
 inline void __syncwarp(unsigned = ~0u) {
     static const int count = 32;
     of_warps[current / 32].wait(count);

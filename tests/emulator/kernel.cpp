@@ -1,10 +1,17 @@
-// Runs KERNEL of SOURCE, block after block.
+// Runs KERNEL of SOURCE, block after block, or cluster after cluster where SOURCE has a GDR_CLUSTER of blocks.
 #include "cuda.h"
 #include SOURCE
+#ifdef GDR_CLUSTER
+constexpr int kBlocksTogether = GDR_CLUSTER;
+#else
+constexpr int kBlocksTogether = 1;
+#endif
+static_assert(kBlocksTogether <= cluster::kMost);
 #ifdef __SANITIZE_ADDRESS__
 #include <sanitizer/asan_interface.h>
 constexpr int kStack = 1 << 19;
 #else
+#define ASAN_POISON_MEMORY_REGION(address, size)
 #define ASAN_UNPOISON_MEMORY_REGION(address, size)
 constexpr int kStack = 1 << 16;
 #endif
@@ -15,41 +22,61 @@ static decltype(argument_of(KERNEL)) params;
 
 static void run_thread() {
     KERNEL(params);
-    fibers[current].done = true, --live;
+    fibers[current].done = true, --live, --cluster::blocks[cluster::block].live;
     swapcontext(&fibers[current].context, &scheduler);
 }
 
 extern "C" int size_of_params() { return sizeof params; }
 extern "C" void lie(bool whether) { lies = whether; }
 
-// 0; 1 where threads wait for each other for ever.
-extern "C" int run(const void* arguments, int blocks_x, int blocks_y, int blocks_z, int threads_of_block) {
-    memcpy(&params, arguments, sizeof params);
-    threads = threads_of_block;
-    gridDim = {static_cast<unsigned>(blocks_x), static_cast<unsigned>(blocks_y), static_cast<unsigned>(blocks_z)};
-    blockDim = {static_cast<unsigned>(threads), 1, 1};
-    for (blockIdx.z = 0; blockIdx.z < gridDim.z; ++blockIdx.z) {
-        for (blockIdx.y = 0; blockIdx.y < gridDim.y; ++blockIdx.y) {
-            for (blockIdx.x = 0; blockIdx.x < gridDim.x; ++blockIdx.x) {
-                std::fill_n(reinterpret_cast<unsigned*>(shared), kSharedBytes / 4, 0x7fff7fffu);  // NaN in every type
-                live = threads, of_block = {};
-                for (auto& meeting : of_warps) meeting = {};
-                for (auto& meeting : of_some) meeting = {};
-                for (int i = 0; i < threads; ++i) {
-                    Fiber& f = fibers[i];
-                    f.stack.resize(kStack), f.done = f.waited = false;
-                    ASAN_UNPOISON_MEMORY_REGION(f.stack.data(), kStack);  // a thread ends without leaving its frames
-                    getcontext(&f.context);
-                    f.context.uc_stack.ss_sp = f.stack.data(), f.context.uc_stack.ss_size = f.stack.size();
-                    makecontext(&f.context, run_thread, 0);
-                }
-                for (long round = 0; live > 0; ++round) {
-                    if (round > 1'000'000) return 1;
-                    for (current = 0; current < threads; ++current)
-                        if (!fibers[current].done) swapcontext(&scheduler, &fibers[current].context);
-                }
+// Starts a block of the cluster, whose first fiber is `first`.
+static void start(cluster::Block& block, char* memory, int first, int threads) {
+    block = {threads};
+    std::fill_n(reinterpret_cast<unsigned*>(memory), kSharedBytes / 4, 0x7fff7fffu);  // NaN in every type
+    ASAN_POISON_MEMORY_REGION(memory + kSharedBytes, cluster::kStep - kSharedBytes);
+    for (int i = first; i < first + threads; ++i) {
+        Fiber& f = fibers[i];
+        f.stack.resize(kStack), f.done = f.waited = false;
+        ASAN_UNPOISON_MEMORY_REGION(f.stack.data(), kStack);  // a thread ends without leaving its frames
+        getcontext(&f.context);
+        f.context.uc_stack.ss_sp = f.stack.data(), f.context.uc_stack.ss_size = f.stack.size();
+        makecontext(&f.context, run_thread, 0);
+    }
+}
+
+// The cluster whose first block is blockIdx; whether it ends.
+static bool run_cluster(int threads) {
+    const int step = (threads + 31) / 32 * 32;  // each block has warps of its own
+    const unsigned first_block = blockIdx.x;
+    live = kBlocksTogether * threads, of_cluster = {};
+    for (auto& meeting : of_warps) meeting = {};
+    for (int b = 0; b < kBlocksTogether; ++b)
+        start(cluster::blocks[b], cluster::memory + b * cluster::kStep, b * step, threads);
+    for (long round = 0; live > 0; ++round) {
+        if (round > 1'000'000) return false;
+        for (int b = 0; b < kBlocksTogether; ++b) {
+            cluster::block = b, blockIdx.x = first_block + b, shared = cluster::memory + b * cluster::kStep;
+            for (threadIdx.x = 0; threadIdx.x < blockDim.x; ++threadIdx.x) {
+                current = b * step + threadIdx.x;
+                if (!fibers[current].done) swapcontext(&scheduler, &fibers[current].context);
             }
         }
     }
-    return 0;
+    blockIdx.x = first_block;
+    return true;
+}
+
+// What went wrong, or null.
+extern "C" const char* run(const void* arguments, int blocks_x, int blocks_y, int blocks_z, int threads) {
+    if (blocks_x % kBlocksTogether) return "the grid's x is no multiple of the cluster's blocks";
+    if ((threads + 31) / 32 * 32 * kBlocksTogether > kMostThreads) return "more threads than there are fibers";
+    memcpy(&params, arguments, sizeof params);
+    gridDim = {static_cast<unsigned>(blocks_x), static_cast<unsigned>(blocks_y), static_cast<unsigned>(blocks_z)};
+    blockDim = {static_cast<unsigned>(threads), 1, 1};
+    cluster::count = kBlocksTogether;
+    for (blockIdx.z = 0; blockIdx.z < gridDim.z; ++blockIdx.z)
+        for (blockIdx.y = 0; blockIdx.y < gridDim.y; ++blockIdx.y)
+            for (blockIdx.x = 0; blockIdx.x < gridDim.x; blockIdx.x += kBlocksTogether)
+                if (!run_cluster(threads)) return "threads wait for each other";
+    return nullptr;
 }

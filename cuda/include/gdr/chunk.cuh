@@ -114,6 +114,8 @@ constexpr __host__ __device__ int lower_block(int i, int j) {
 struct alignas(128) HeadTile {
     char T[kLowerBlocks * kBlockBytes], P[kLowerBlocks * kBlockBytes];
     float d[kC], scaled_d[kC], e[kC];
+
+    static __device__ __forceinline__ int place(int t) { return t; }  // of a token's decays
 };
 
 // ---- Sequences and their chunks.

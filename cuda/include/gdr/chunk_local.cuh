@@ -94,7 +94,8 @@ __device__ __forceinline__ void fill_factors(Gates& to, Out& out, int t, int blo
     to.from_start[t] = decay(x, block == 0 ? none : G[block - 1]);
     to.to_end[t] = decay(G[block + 15], x);
     to.middle[t] = decay(t % 16 < 8 ? middle : x, t % 16 < 8 ? x : middle);
-    out.d[t] = d, out.scaled_d[t] = d * scale, out.e[t] = decay(G[kC - 1], x);
+    const int at = Out::place(t);
+    out.d[at] = d, out.scaled_d[at] = d * scale, out.e[at] = decay(G[kC - 1], x);
 }
 
 // ---- Keys and queries.

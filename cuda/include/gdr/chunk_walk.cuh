@@ -18,15 +18,27 @@
 #pragma once
 
 #include "gdr/chunk_state.cuh"
+#include "gdr/tiles.cuh"
 #include "gdr/wgmma.cuh"
 
 namespace gdr {
 
 static_assert(kColumns % 64 == 0 && kKeys <= 128);
 
+// With kLean two warpgroups do not leave enough registers to read anything before it is needed.
+constexpr bool kFew = kLean && kColumns == 128;
+
 // T and P in shared memory, column after column of whole blocks: with zeros above the diagonal.
 constexpr int kColumnBytes = kRows * kBlockBytes, kSquareBytes = kRows * kColumnBytes;
 constexpr int kValueRow = kColumns * kValueBytes + 16;  // 8 rows of V in different banks
+// With kLean V is in tiles of 64 columns (see tiles.cuh) instead.
+constexpr int kValueTileBytes = kC * 128;
+
+// Where a piece of 8 columns of a token's values lies.
+__device__ __forceinline__ int value_offset(int token, int column) {
+    if constexpr (kLean) return column / 64 * kValueTileBytes + token * 128 + turned_piece(token, column % 64 / 8) * 16;
+    else return token * kValueRow + column * kValueBytes;
+}
 
 constexpr int kStorers = kColumns / 64;
 
@@ -106,9 +118,17 @@ struct Decays {
     }
     __device__ __forceinline__ void load(const float* from, int i) {  // of 16 tokens
         const int lane = threadIdx.x % 32;
+        if constexpr (kLean) {  // a lane's four lie side by side
+            u32 words[4];
+            load_shared16(shared_address(from) + (i * 16 + lane % 4 * 4) * 4, words);
 #pragma unroll
-        for (int half = 0; half < 2; ++half)
-            x[i][half] = load_shared_pair(shared_address(from) + (i * 16 + half * 8 + lane % 4 * 2) * 4);
+            for (int half = 0; half < 2; ++half)
+                x[i][half] = make_float2(__uint_as_float(words[half * 2]), __uint_as_float(words[half * 2 + 1]));
+        } else {
+#pragma unroll
+            for (int half = 0; half < 2; ++half)
+                x[i][half] = load_shared_pair(shared_address(from) + (i * 16 + half * 8 + lane % 4 * 2) * 4);
+        }
     }
 };
 
@@ -136,11 +156,11 @@ template <class Stage, class TakeOutputs, class Put>
 __device__ __forceinline__ void begin_chunk(const Stage& stage, Chunk& c, Tile (&Y)[kRows], TakeOutputs&& take_outputs,
                                             Put&& put) {
     const int lane = threadIdx.x % 32, column = (threadIdx.x / 32 - kFirstWarp) * 16;
-    const u32 values = shared_address(stage.V) + lane % 16 * kValueRow + (column + lane / 16 * 8) * kValueBytes;
+    const u32 values = shared_address(stage.V) + value_offset(lane % 16, column + lane / 16 * 8);
     Decays d;
     u32 V[kRows][4];
-    const auto load_values = [&](int i) { load_matrices_transposed(values + i * 16 * kValueRow, V[i]); };
-    if constexpr (!kLean) {
+    const auto load_values = [&](int i) { load_matrices_transposed(values + value_offset(i * 16, 0), V[i]); };
+    if constexpr (!kFew) {
         d.load(stage.d);
 #pragma unroll
         for (int i = 0; i < kRows; ++i) load_values(i);
@@ -160,14 +180,14 @@ __device__ __forceinline__ void begin_chunk(const Stage& stage, Chunk& c, Tile (
         end_products();
     }
     put();
-    if constexpr (kLean) d.load(stage.d, 0), load_values(0), d.load(stage.d, 1), load_values(1);
-    wait_products<kCompose || kLean ? 0 : 1>();
+    if constexpr (kFew) d.load(stage.d, 0), load_values(0), d.load(stage.d, 1), load_values(1);
+    wait_products<kCompose || kFew ? 0 : 1>();
     pin(X);
-    if constexpr (kLean) pin(Y);
+    if constexpr (kFew) pin(Y);
 #pragma unroll
     for (int i = 0; i < kC / 8; ++i) {
         const int half = i % 2;
-        if constexpr (kLean) {
+        if constexpr (kFew) {
             if (half == 0 && i / 2 + 2 < kRows) d.load(stage.d, i / 2 + 2), load_values(i / 2 + 2);
         }
         const float2 decay = d.x[i / 2][half];
@@ -199,7 +219,7 @@ __device__ __forceinline__ void end_chunk(const Stage& stage, u32 T, State& S, c
     wait_products<kCompose ? 0 : 1>();
     pin(U);
     Decays d;
-    if constexpr (!kCompose && !kLean) d.load(stage.scaled_d);
+    if constexpr (!kCompose && !kFew) d.load(stage.scaled_d);
 
     u32 decayed[kRows][4];  // e U
 #pragma unroll
@@ -210,7 +230,7 @@ __device__ __forceinline__ void end_chunk(const Stage& stage, u32 T, State& S, c
         decayed[i / 2][half * 2] = Op::pack(u[0] * decay.x, u[1] * decay.y);
         decayed[i / 2][half * 2 + 1] = Op::pack(u[2] * decay.x, u[3] * decay.y);
     }
-    if constexpr (!kCompose && kLean) d.load(stage.scaled_d);
+    if constexpr (!kCompose && kFew) d.load(stage.scaled_d);
     const Right keys(K, kTokenStep, kKeyStep);
     pin(S);
     begin_products();
@@ -255,13 +275,22 @@ __device__ __forceinline__ void compute(const Work& work, Feed& feed, State& S) 
     Tile Y[kRows];
     u32 outputs_parity = 1;  // the first chunk finds the place for outputs empty
     pack(S, c.left);
-    feed.wait();
-    begin_chunk(feed.stage(), c, Y, [] {}, [] {});
+    // Where registers are few, values are read when the first products are on their way.
+    const auto wait = [&] {
+        feed.wait();
+        if constexpr (kLean && !kFew) feed.wait_for_values();
+    };
+    const auto wait_late = [&] {
+        if constexpr (kFew) feed.wait_for_values();
+    };
+    wait();
+    begin_chunk(feed.stage(), c, Y, [] {}, wait_late);
     // No product is on its way from one round to the next: the compiler would wait for each on its own.
 #pragma unroll 1
     for (int chunk = 0; chunk < chunks; ++chunk) {
         wait_products<0>();
         pin(Y);
+        if constexpr (kLean) feed.wait_for_squares();
         end_chunk(feed.stage(), feed.squares(), S, c, Y);
         PackedOutputs o;
         const auto take_outputs = [&] {
@@ -272,13 +301,17 @@ __device__ __forceinline__ void compute(const Work& work, Feed& feed, State& S) 
                 for (int i = 0; i < kRows; ++i) Y[i].pack<Operand<kQkv == kBFloat16>>(o[i]);
             }
         };
-        if constexpr (kLean) take_outputs(), feed.give_back(o);
+        if constexpr (kLean) pack(S, c.left), take_outputs(), feed.give_back(o);
         feed.next();
-        pack(S, c.left);
+        if constexpr (!kLean) pack(S, c.left);
         // After the last chunk this runs on a stage that is not filled any more, for nothing.
-        if (chunk + 1 < chunks) feed.wait();
+        if (chunk + 1 < chunks) wait();
         if constexpr (kLean) {
-            begin_chunk(feed.stage(), c, Y, [] {}, [] {});
+            begin_chunk(
+                feed.stage(), c, Y, [] {},
+                [&] {
+                    if (chunk + 1 < chunks) wait_late();
+                });
         } else {
             begin_chunk(feed.stage(), c, Y, take_outputs, [&] {
                 if constexpr (!kCompose) {

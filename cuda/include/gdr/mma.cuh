@@ -113,6 +113,10 @@ __device__ __forceinline__ void load_shared16(u32 address, u32 (&x)[4]) {
                  : "=r"(x[0]), "=r"(x[1]), "=r"(x[2]), "=r"(x[3])
                  : "r"(address));
 }
+__device__ __forceinline__ void store_shared16(u32 address, const u32 (&x)[4]) {
+    asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(x[0]), "r"(x[1]), "r"(x[2]), "r"(x[3])
+                 : "memory");
+}
 #endif
 
 // A lane's offset in a block whose four matrices are read in order.
@@ -139,13 +143,6 @@ __device__ __forceinline__ void copy16(u32 to, const void* from, bool exists) {
 
 // Waits for this thread's copies.
 __device__ __forceinline__ void wait_copies() { asm volatile("cp.async.wait_all;" ::: "memory"); }
-
-// Ends a group of this thread's copies; waits until at most kLeft groups are on their way.
-__device__ __forceinline__ void end_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
-template <int kLeft>
-__device__ __forceinline__ void wait_copies_but() {
-    asm volatile("cp.async.wait_group %0;" ::"n"(kLeft) : "memory");
-}
 
 // Makes this thread's stores to shared memory visible to wgmma and the copy engine.
 __device__ __forceinline__ void publish_to_engines() {

@@ -113,22 +113,17 @@ inline void store_matrices_transposed(u32 address, const u32 (&x)[4]) {
 inline float load_shared(u32 address) { return *at_shared<float>(address); }
 inline float2 load_shared_pair(u32 address) { return *at_shared<float2>(address); }
 inline void load_shared16(u32 address, u32 (&x)[4]) { memcpy(x, at_shared<uint4>(address), 16); }
+inline void store_shared16(u32 address, const u32 (&x)[4]) { memcpy(at_shared<uint4>(address), x, 16); }
 inline u32 in_order(int lane) { return lane * 16; }
 inline float exp2_fast(float x) { return exp2f(x); }
 
-inline void sync_threads(int barrier, int count) {
-    static Meeting named[16];
-    named[barrier].wait(count);
-}
+inline void sync_threads(int barrier, int count) { cluster::blocks[cluster::block].of_some[barrier].wait(count); }
 
 inline void copy16(u32 to, const void* from, bool exists) {
     if (exists) ptx::load16(from, reinterpret_cast<u32*>(at_shared<uint4>(to)));
     else *at_shared<uint4>(to) = {};
 }
 inline void wait_copies() {}
-inline void end_copies() {}
-template <int kLeft>
-void wait_copies_but() {}
 inline void publish_to_engines() {}
 inline void store_bulk(void* to, u32 from, u32 bytes) {
     if ((reinterpret_cast<size_t>(to) | from | bytes) % 16) abort();
@@ -139,7 +134,7 @@ inline void wait_bulk_stores_read() {}
 struct Barrier {
     unsigned short count, missing, phase;  // arrivals a phase
     short unused;
-    static inline int bytes[kSharedBytes / 8];  // on their way
+    static inline int bytes[sizeof cluster::memory / 8];  // on their way
 
     u32 address() const { return shared_address(this); }
     void init(int arrivals) { *this = {static_cast<u16>(arrivals), static_cast<u16>(arrivals), 0, 0}, expect(0, true); }
@@ -157,17 +152,19 @@ struct Barrier {
     void copy_bulk(u32 to, const void* from, u32 size) {
         if ((reinterpret_cast<size_t>(from) | to | size) % 16) abort();
         memcpy(shared + to, from, size);
-        expect(-static_cast<int>(size), false), end_phase();
+        land(size);
     }
+    void land(u32 size) { expect(-static_cast<int>(size), false), end_phase(); }
 
   private:
     void expect(int more, bool anew) {
-        int& mine = bytes[address() / 8];
+        int& mine = on_their_way();
         mine = (anew ? 0 : mine) + more;
     }
     void end_phase() {
-        if (missing == 0 && bytes[address() / 8] == 0) ++phase, missing = count;
+        if (missing == 0 && on_their_way() == 0) ++phase, missing = count;
     }
+    int& on_their_way() const { return bytes[(reinterpret_cast<const char*>(this) - cluster::memory) / 8]; }
 };
 static_assert(sizeof(Barrier) == 8);
 

@@ -34,7 +34,7 @@ void take_registers() {}
 template <int kNumber, int kThreads>
 void meet() {
     static const int count = kThreads;
-    of_some[kNumber].wait(count);
+    cluster::blocks[cluster::block].of_some[kNumber].wait(count);
 }
 
 // 16 rows of a warp by kBlocks blocks of 8 columns.
