@@ -6,6 +6,9 @@ it stands.  Asynchronous work is done at once, so what this cannot find is a wai
 With GDR_SANITIZE=1 in the environment the kernels are compiled for the sanitizers of addresses and of undefined
 behaviour, whose libraries must be loaded before Python.
 
+Blocks run one after another, or, of a source with GDR_CLUSTER among its definitions, so many at a time: a thread block
+cluster, whose blocks reach each other's shared memory by `gdr/cluster.cuh`.
+
 `DeviceArray` stands for an array on a GPU, so that whole calls run: checked, described, planned and launched as ever.
 """
 
@@ -157,8 +160,13 @@ def gpu(
 
 @cache
 def _build(stem: str, defines: tuple[tuple[str, loader.Define], ...], directory: Path) -> Any:
-    source = loader.read_source(stem)
-    text = re.sub(r"extern __shared__ .*\n", "", loader.compose(source, dict(defines)))
+    return build(loader.read_source(stem), dict(defines), directory)
+
+
+def build(source: loader.Source, defines: Mapping[str, loader.Define], directory: Path) -> Any:
+    """Compile a source for the host; what `Kernel` launches."""
+    stem = source.stem
+    text = re.sub(r"extern __shared__ .*\n", "", loader.compose(source, defines))
     tag = hashlib.sha256(text.encode()).hexdigest()[:16]
     file, library = directory / f"{stem}_{tag}.cu", directory / f"{stem}_{tag}.so"
     file.write_text(text)

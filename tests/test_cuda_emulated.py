@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from emulated import COMPILER, gpu, on_device, to_device
+from emulated import COMPILER, Kernel, build, gpu, on_device, to_device
 from places import assert_same_bits, given
 from test_cuda_ring import Pool as RingPool
 
@@ -478,3 +481,128 @@ def test_a_slot_that_two_rows_named_is_as_good_as_new_once_it_is_overwritten(dev
         pool.run([1, 2], 9, draft=True)  # folds, too
         pool.commit([1, 2], [9, 4])
     pool.check()
+
+
+# Each thread copies to the other block what it has, reads there what another thread of that block copied, and goes on
+# with the sum; the first block's barrier awaits other bytes meanwhile, and the second block meets more often.
+PAIRS = """
+#include "gdr/cluster.cuh"
+
+using namespace gdr;
+
+constexpr int kRounds = 3, kThreads = 512;
+enum Mistake { kNone, kEndsEarly, kDoesNotMeet, kOwnAddress, kMisaligned, kOutside, kNoBlock, kWaitsForever };
+
+struct Params {
+    u32* to;
+    const uint4* from;
+    int mistake;
+};
+struct Shared {
+    Barrier full, read, own;
+    uint4 mine[kThreads], copied[kThreads], brought;
+};
+
+extern "C" __global__ void __cluster_dims__(GDR_CLUSTER, 1, 1) __launch_bounds__(kThreads)
+    pairs(const __grid_constant__ Params p) {
+    extern __shared__ __align__(128) char shared[];
+    Shared& sm = *reinterpret_cast<Shared*>(shared);
+    const int thread = threadIdx.x, mate = blockDim.x - 1 - thread;
+    const u32 block = block_of_cluster(), other = block ^ 1;
+    if (thread == 0) sm.full.init(1), sm.read.init(blockDim.x), sm.own.init(1), Barrier::publish_inits();
+    if (p.mistake != kDoesNotMeet) meet_cluster();
+    if (p.mistake == kEndsEarly && block == 0) return;
+    if (p.mistake == kWaitsForever) {
+        if (thread == 0) sm.full.wait(0);
+        return;
+    }
+    if (thread == 0) {
+        if (block == 0) sm.own.arrive_expect(16);
+        else sm.own.arrive();
+    }
+    if (block == 1) {
+        for (int i = 0; i < 3; ++i) __syncthreads(), sync_threads(1, blockDim.x);
+        sm.own.wait(0);
+    }
+    u32 x = blockIdx.x * 10000 + blockIdx.y * 100000 + thread;
+    for (int round = 0; round < kRounds; ++round) {
+        const u32 local = shared_address(&sm.copied[thread]), outside = (228 << 10) - local;
+        u32 to = address_in_block(local, other + (p.mistake == kNoBlock));
+        if (p.mistake == kOwnAddress) to = local;
+        if (p.mistake == kMisaligned) to += 8;
+        if (p.mistake == kOutside) to += outside;
+        sm.mine[thread] = make_uint4(x, x + 1, x + 2, x + 3);
+        publish_to_engines();
+        if (round > 0) sm.read.wait(round % 2 ^ 1);
+        copy_in_cluster(to, shared_address(&sm.mine[thread]), 16, address_in_block(sm.full.address(), other));
+        if (thread == 0) sm.full.arrive_expect(16 * blockDim.x);
+        sm.full.wait(round % 2);
+        const uint4 copied = sm.copied[mate];
+        arrive_in_cluster(address_in_block(sm.read.address(), other));
+        x += copied.x + copied.w + __shfl_sync(0xffffffffu, x, 0);
+    }
+    if (block == 0) {
+        if (thread == 0) sm.own.copy_bulk(shared_address(&sm.brought), p.from, 16);
+        sm.own.wait(0);
+        x += sm.brought.x;
+    }
+    meet_cluster();
+    p.to[(blockIdx.y * gridDim.x + blockIdx.x) * blockDim.x + thread] = x;
+}
+"""
+
+
+MISTAKES = re.findall(r"k\w+", re.findall(r"enum Mistake {(.*)}", PAIRS)[0])
+
+
+@cache
+def build_pairs(directory: Path, text: str = PAIRS) -> Any:
+    return build(loader.Source("pairs", text, "", 90, (), dependent=False), {"GDR_CLUSTER": 2}, directory)
+
+
+def test_blocks_of_a_cluster_reach_each_other(directory: Path) -> None:
+    kernel, params = Kernel("pairs", build_pairs(directory)), loader.Params("QQi")
+    got, copied, threads = np.zeros((2, 4, 512), np.uint32), np.full(4, 7, np.uint32), np.arange(512)
+    params.pack(got.ctypes.data, copied.ctypes.data, MISTAKES.index("kNone"))
+    kernel.launch((4, 2, 1), (512, 1, 1), params, 0)
+    x = np.arange(2)[:, None, None] * 100000 + np.arange(4)[:, None] * 10000 + threads
+    for _ in range(3):
+        x = x + 2 * x[:, [1, 0, 3, 2], ::-1] + 3 + x[..., threads // 32 * 32]
+    x[:, ::2] += 7
+    assert (got == x).all()
+
+    with pytest.raises(AssertionError, match="pairs: the grid's x is no multiple of the cluster's blocks"):
+        kernel.launch((3, 2, 1), (512, 1, 1), params, 0)
+    with pytest.raises(AssertionError, match="pairs: more threads than there are fibers"):
+        kernel.launch((2, 1, 1), (513, 1, 1), params, 0)
+    params.pack(got.ctypes.data, copied.ctypes.data, MISTAKES.index("kWaitsForever"))
+    with pytest.raises(AssertionError, match="pairs: threads wait for each other"):
+        kernel.launch((2, 1, 1), (1, 1, 1), params, 0)
+
+
+@pytest.mark.parametrize(
+    ("mistake", "message"),
+    [
+        ("kEndsEarly", "block 0 of the cluster has ended"),
+        ("kDoesNotMeet", "block 1 of the cluster may not have started: the blocks have not met"),
+        ("kOwnAddress", "no copy of 16 bytes"),
+        ("kMisaligned", "no copy of 16 bytes"),
+        ("kOutside", "a cluster's shared memory: 1 bytes at "),
+        ("kNoBlock", "block 2 of a cluster of 2"),
+    ],
+)
+def test_mistakes_of_clusters_are_reported(mistake: str, message: str, directory: Path) -> None:
+    """They end the process: hence another one."""
+    params = loader.Params("QQi")
+    params.pack(0, 0, MISTAKES.index(mistake))
+    run = "import ctypes, sys; ctypes.CDLL(sys.argv[1]).run(bytes.fromhex(sys.argv[2]), 2, 1, 1, 512)"
+    command = [sys.executable, "-c", run, build_pairs(directory)._name, params.buffer.raw.hex()]
+    ended = subprocess.run(command, capture_output=True, text=True)
+    assert ended.returncode < 0
+    assert message in ended.stderr
+
+
+def test_blocks_of_a_cluster_have_no_static_shared_memory(directory: Path, capfd: pytest.CaptureFixture) -> None:
+    with pytest.raises(subprocess.CalledProcessError):
+        build_pairs(directory, PAIRS.replace("extern __shared__", "__shared__ int count; extern __shared__"))
+    assert "blocks of a cluster have dynamic shared memory" in capfd.readouterr().err

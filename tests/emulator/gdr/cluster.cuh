@@ -38,7 +38,10 @@ T* at_cluster(u32 address) {
 
 inline void arrive_in_cluster(u32 barrier) { at_cluster<Barrier>(barrier)->arrive(); }
 inline void copy_in_cluster(u32 to, u32 from, u32 bytes, u32 barrier) {
-    if ((to | from | bytes) % 16 || to / cluster::kStep != barrier / cluster::kStep) abort();
+    if ((to | from | bytes) % 16 || to / cluster::kStep != barrier / cluster::kStep) {
+        fprintf(stderr, "no copy of %u bytes from %u to %u, with the barrier at %u\n", bytes, from, to, barrier);
+        abort();
+    }
     at_cluster<char>(to + bytes - 1);
     memcpy(at_cluster<char>(to), at_shared<char>(from), bytes);
     at_cluster<Barrier>(barrier)->land(bytes);
