@@ -484,7 +484,8 @@ def test_a_slot_that_two_rows_named_is_as_good_as_new_once_it_is_overwritten(dev
 
 
 # Each thread copies to the other block what it has, reads there what another thread of that block copied, and goes on
-# with the sum; the first block's barrier awaits other bytes meanwhile, and the second block meets more often.
+# with the sum; the first block's barrier awaits other bytes meanwhile. Before that, the halves of each block meet, of
+# which the second comes after the other block's first half: as many threads as a block has are not yet the block.
 PAIRS = """
 #include "gdr/cluster.cuh"
 
@@ -499,8 +500,9 @@ struct Params {
     int mistake;
 };
 struct Shared {
-    Barrier full, read, own;
+    Barrier full, read, own, came[2];
     uint4 mine[kThreads], copied[kThreads], brought;
+    u32 late[2][kThreads];
 };
 
 extern "C" __global__ void __cluster_dims__(GDR_CLUSTER, 1, 1) __launch_bounds__(kThreads)
@@ -509,7 +511,11 @@ extern "C" __global__ void __cluster_dims__(GDR_CLUSTER, 1, 1) __launch_bounds__
     Shared& sm = *reinterpret_cast<Shared*>(shared);
     const int thread = threadIdx.x, mate = blockDim.x - 1 - thread;
     const u32 block = block_of_cluster(), other = block ^ 1;
-    if (thread == 0) sm.full.init(1), sm.read.init(blockDim.x), sm.own.init(1), Barrier::publish_inits();
+    if (thread == 0) {
+        sm.full.init(1), sm.read.init(blockDim.x), sm.own.init(1);
+        for (Barrier& came : sm.came) came.init(blockDim.x / 2);
+        Barrier::publish_inits();
+    }
     if (p.mistake != kDoesNotMeet) meet_cluster();
     if (p.mistake == kEndsEarly && block == 0) return;
     if (p.mistake == kWaitsForever) {
@@ -520,11 +526,16 @@ extern "C" __global__ void __cluster_dims__(GDR_CLUSTER, 1, 1) __launch_bounds__
         if (block == 0) sm.own.arrive_expect(16);
         else sm.own.arrive();
     }
-    if (block == 1) {
-        for (int i = 0; i < 3; ++i) __syncthreads(), sync_threads(1, blockDim.x);
-        sm.own.wait(0);
-    }
+    if (block == 1) sm.own.wait(0);
     u32 x = blockIdx.x * 10000 + blockIdx.y * 100000 + thread;
+    for (int i = 0; i < 2; ++i) {
+        if (thread < mate) arrive_in_cluster(address_in_block(sm.came[i].address(), other));
+        else sm.came[i].wait(0);
+        sm.late[i][thread] = x;
+        if (i == 0) __syncthreads();
+        else sync_threads(1, blockDim.x);
+        x += 2 * sm.late[i][mate];
+    }
     for (int round = 0; round < kRounds; ++round) {
         const u32 local = shared_address(&sm.copied[thread]), outside = (228 << 10) - local;
         u32 to = address_in_block(local, other + (p.mistake == kNoBlock));
@@ -566,6 +577,8 @@ def test_blocks_of_a_cluster_reach_each_other(directory: Path) -> None:
     params.pack(got.ctypes.data, copied.ctypes.data, MISTAKES.index("kNone"))
     kernel.launch((4, 2, 1), (512, 1, 1), params, 0)
     x = np.arange(2)[:, None, None] * 100000 + np.arange(4)[:, None] * 10000 + threads
+    for _ in range(2):
+        x = x + 2 * x[..., ::-1]
     for _ in range(3):
         x = x + 2 * x[:, [1, 0, 3, 2], ::-1] + 3 + x[..., threads // 32 * 32]
     x[:, ::2] += 7
