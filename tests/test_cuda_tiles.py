@@ -43,6 +43,7 @@ def test_a_refusal_of_the_driver_is_an_error(monkeypatch: pytest.MonkeyPatch) ->
         (SHAPE, (STRIDES[0], -512, 128, 1), False),
         ((1, 1000, 4, 96), (0, 512, 128, 1), True),
         ((1, 1 << 31, 4, 96), (0, 512, 128, 1), False),
+        ((1, 0, 4, 96), (0, 512, 128, 1), False),
         ((2, 1000, 4, 96), (1 << 39, 512, 128, 1), False),
     ],
 )

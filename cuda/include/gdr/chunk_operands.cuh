@@ -13,6 +13,7 @@ __device__ __forceinline__ i64 same(i64 x) {
     const unsigned long long high = same(static_cast<u32>(x >> 32));
     return static_cast<i64>(high << 32 | same(static_cast<u32>(x)));
 }
+
 // Where the first token of the work has its own of a value head's.
 __device__ __forceinline__ i64 element(const Work& work, const TokenStrides& s) {
     return work.seq.batch * s.batch + work.seq.first * s.token + work.hv * s.head;
