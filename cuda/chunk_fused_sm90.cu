@@ -92,7 +92,7 @@ __device__ __forceinline__ Tile select(const Tile (&x)[kRows], int n) {
 
 // Each warp has a row of blocks.
 __device__ __forceinline__ void find_squares(const Params& p, const Work& work, Shared& sm, int warp) {
-    const u32 rank = kCluster == 2 ? block_of_cluster() : 0, other = to_other_block(sm);
+    const u32 rank = rank_of_block(), other = to_other_block(sm);
     Turn<kStages> now, past;
     Turn<kSlots> slot;
 #pragma unroll 1
@@ -163,7 +163,7 @@ extern "C" __global__ void __cluster_dims__(kCluster, 1, 1) __launch_bounds__(kB
 
     if (warp == kAuxiliary) {
         if (lane == 0) {
-            init_barriers(sm, kCluster == 2 ? block_of_cluster() : 0);
+            init_barriers(sm);
             publish_to_engines();
         }
         __syncwarp();

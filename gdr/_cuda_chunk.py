@@ -1,8 +1,8 @@
 """Launches the chunkwise rule on a CUDA device: a kernel for what belongs to each chunk alone, one that walks them.
 
 Where few states leave the device idle, long sequences are cut into segments that are walked at the same time, once two
-more kernels have found the states between them; cuda/include/gdr/chunk.cuh says how.  Where the states nearly fill the
-device, _cuda_chunk_fused launches one kernel that does it all.
+more kernels have found the states between them; cuda/include/gdr/chunk.cuh says how.  Where the states fill half of the
+device or more, _cuda_chunk_fused launches one kernel that does it all.
 
 How a call is cut up follows from shapes, dtypes and the device, never from data.  What the kernels do not take runs on
 the fused recurrence, which gives the same answer: V that is no multiple of 16; devices before compute capability 8.0;

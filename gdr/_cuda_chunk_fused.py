@@ -15,7 +15,7 @@ from gdr._cuda_fused_recurrent import Pointers
 from gdr._inputs import Call, refuse_misaligned
 from gdr._spec import Spec
 
-# The C struct TileParams of chunk_fused_sm90.cu: maps of k, q, v and out, then Params.
+# The C struct TileParams of chunk_fused.cuh: maps of k, q, v and out, then Params.
 params = _cuda_loader.Params(f"{4 * _cuda_tiles.BYTES}s {LAYOUT}")
 
 _STAGES, _SLOTS = 4, 2  # chunks in shared memory: K and Q; values, T and P
@@ -38,7 +38,7 @@ class Plan:
         self.mappable = (
             self.fixed.aligned
             and _cuda_tiles.available()
-            and all(_cuda_tiles.can_map(spec.strides[name], spec.shapes[name]) for name in ("q", "k", "v", "out"))
+            and all(_cuda_tiles.can_map(spec.shapes[name], spec.strides[name]) for name in ("q", "k", "v", "out"))
         )
         keys, values = (CHUNK // _cluster(spec, columns), align(spec.K, 64)), (CHUNK, 64)
         boxes = {"k": (keys, False), "q": (keys, False), "v": (values, True), "out": (values, True)}
@@ -63,7 +63,7 @@ class Plan:
         if aligned:
             addresses, maps = self.encoded
             if addresses != pointers[:4]:
-                maps = b"".join(maps.encode(address) for maps, address in zip(self.maps, (k, q, v, out)))
+                maps = b"".join(tiles.encode(address) for tiles, address in zip(self.maps, (k, q, v, out)))
                 self.encoded = pointers[:4], maps
         kernel = self.kernels.get(aligned) or self.load(aligned)
         scalars = call.scale, call.softplus_beta, call.softplus_threshold
@@ -94,7 +94,7 @@ def _cluster(spec: Spec, columns: int) -> int:
 
 
 def _shared(K: int, columns: int) -> int:
-    """Bytes of shared memory of a block: the struct Shared of chunk_fused_sm90.cu."""
+    """Bytes of shared memory of a block: the struct Shared of chunk_fused.cuh."""
     keys, values = 2 * CHUNK * align(K, 64) * 2, CHUNK * columns * 2
     decays = CHUNK * (24 + 3 * 4)
     triangle = 10 * 512 + 4 * 324 * 4

@@ -60,8 +60,8 @@ class TileMaps:
         return memory.raw[start : start + BYTES]
 
 
-def can_map(strides: Sequence[int], shape: Sequence[int]) -> bool:
-    """Whether there are maps of arrays with such strides, in elements of 16 bits."""
+def can_map(shape: Sequence[int], strides: Sequence[int]) -> bool:
+    """Whether there are maps of arrays with such a shape and such strides."""
     known = min(shape) > 0 and max(shape) < 1 << 31
     return known and all(extent == 1 or 0 < step < 1 << 39 for step, extent in zip(strides[:3], shape))
 

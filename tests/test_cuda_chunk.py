@@ -302,7 +302,7 @@ def test_capture(dtype: str) -> None:
 def test_no_spills() -> None:
     for dtype in ("bfloat16", "float32"):
         chunk(make_inputs(B=1, T=64, H=1, HV=2, K=128, V=128, dtype=dtype))
-    # Of chunk_fused_sm90 the walk keeps some values in local memory: packing the state early is worth more.
-    kernels = [k for k in loader._kernels.values() if k.stem in cuda_chunk.PARAMS and k.stem != "chunk_fused_sm90"]
+    kernels = [k for k in loader._kernels.values() if k.stem in cuda_chunk.PARAMS]
     assert kernels
-    assert max(kernel.local_bytes for kernel in kernels) <= 16  # a few values outside the loops
+    for kernel in kernels:  # a few values outside the loops; packing the state early is worth some more
+        assert kernel.local_bytes <= (144 if kernel.stem == "chunk_fused_sm90" else 16), kernel

@@ -81,6 +81,9 @@ def chunk_specs() -> Iterator[Spec]:
     for K, V in ((64, 64), (256, 256), (96, 80), (100, 60), (1, 1)):
         for length in lengths:
             yield warmup.make_spec("chunk", H=2, HV=4, K=K, V=V, **length)
+    # The one kernel where no blocks share K and Q, and in blocks that share a head.
+    yield warmup.make_spec("chunk", B=4, T=2048, H=32, HV=32, K=128, V=128)
+    yield warmup.make_spec("chunk", B=1, T=8192, H=16, HV=64, K=128, V=128)
 
 
 def ring_specs(types: Iterable[tuple[str, str]]) -> Iterator[Spec]:
@@ -161,6 +164,16 @@ def test_kernels_of_the_recurrence_do_not_spill_on_sm_90() -> None:
     wide_slots = [(stem, {**defines, "GDR_INITIAL_SLOTS": 8}) for stem, defines in wanted if stem.startswith("ring_")]
     wanted += [job for job in wide_slots if job[0] not in ("ring_commit", "ring_reset")]
     check_spills(nvrtc.compile_all((*job, 90) for job in wanted))
+
+
+def test_the_one_kernel_keeps_few_values_in_local_memory() -> None:
+    """The walk does: packing the state early is worth more than they cost."""
+    wanted = [job for job in jobs(chunk_specs(), 90) if job[0] == "chunk_fused_sm90"]
+    chosen = covering(wanted)
+    for name, values in (("GDR_COLUMNS", {64, 128}), ("GDR_CLUSTER", {1, 2})):
+        assert {defines[name] for _, defines in chosen} == values
+    compiled = nvrtc.compile_all((*job, 90) for job in chosen)
+    assert max(kernel.stack for kernel in compiled) <= 144, "\n" + nvrtc.report(compiled)
 
 
 def check_spills(compiled: list[nvrtc.Compiled]) -> None:

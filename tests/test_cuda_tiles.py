@@ -48,4 +48,4 @@ def test_a_refusal_of_the_driver_is_an_error(monkeypatch: pytest.MonkeyPatch) ->
     ],
 )
 def test_what_can_be_mapped(shape: tuple[int, ...], strides: tuple[int, ...], can: bool) -> None:
-    assert cuda_tiles.can_map(strides, shape) is can
+    assert cuda_tiles.can_map(shape, strides) is can

@@ -45,7 +45,7 @@ struct Shared {
     Decay decays[kStages];
     char squares[kSlots][2 * kSquareBytes];  // T, P
     Triangle triangles[kSlots];
-    // K and Q as they are in memory; as operands; the inverses of T's diagonal blocks; T and P.
+    // K and Q as they are in memory, and as operands; values; the inverses of T's diagonal blocks; T and P.
     Barrier tokens_full[kStages], keys_full[kStages], values_full[kSlots], inverted[kSlots], squares_full[kSlots];
     Barrier done[kStages];  // the walk is: of K and Q, values, T and P, and outputs are there
     // In a cluster: both walks are done with K and Q; the other block has what this one copied there.
@@ -53,7 +53,11 @@ struct Shared {
     Barrier squares_empty[kSlots];  // the other block's walk is done with T and P: more can be copied there
 };
 
-__device__ __forceinline__ void init_barriers(Shared& sm, u32 rank) {
+// The block's number in its cluster.
+__device__ __forceinline__ u32 rank_of_block() { return kCluster == 2 ? block_of_cluster() : 0; }
+
+__device__ __forceinline__ void init_barriers(Shared& sm) {
+    const u32 rank = rank_of_block();
 #pragma unroll
     for (int i = 0; i < kStages; ++i) {
         sm.tokens_full[i].init(1), sm.keys_full[i].init(kMovers), sm.done[i].init(kWarps);
@@ -71,7 +75,7 @@ __device__ __forceinline__ void init_barriers(Shared& sm, u32 rank) {
 // What leads from an address in shared memory to the same one of the cluster's other block.
 __device__ __forceinline__ u32 to_other_block(const Shared& sm) {
     if constexpr (kCluster == 1) return 0;
-    return address_in_block(shared_address(&sm), block_of_cluster() ^ 1) - shared_address(&sm);
+    return address_in_block(shared_address(&sm), rank_of_block() ^ 1) - shared_address(&sm);
 }
 
 }  // namespace gdr

@@ -37,7 +37,7 @@ struct Mover {
           p(tiles.params),
           sm(sm),
           mover(same(mover)),
-          rank(kCluster == 2 ? block_of_cluster() : 0),
+          rank(rank_of_block()),
           other(to_other_block(sm)),
           chunks(same(work.last)),
           tail(same(work.last > 0 ? work.tokens(work.last - 1) : 0)),

@@ -18,9 +18,8 @@ struct TilePlace {
 // Brings a tile to shared memory; the barrier hears of its bytes.
 __device__ __forceinline__ void copy_tile(u32 to, const TileMap& map, const TilePlace& at, Barrier& barrier) {
     asm volatile(
-        "cp.async.bulk.tensor.4d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3, %4, "
-        "%5}], "
-        "[%6];" ::"r"(to),
+        "cp.async.bulk.tensor.4d.shared::cluster.global.tile.mbarrier::complete_tx::bytes "
+        "[%0], [%1, {%2, %3, %4, %5}], [%6];" ::"r"(to),
         "l"(&map), "r"(at.column), "r"(at.token), "r"(at.head), "r"(at.batch), "r"(barrier.address())
         : "memory");
 }
