@@ -9,7 +9,7 @@
 //     tokens and store outputs, which lie where their chunk's values were (gdr/chunk_operands.cuh).
 // All of these take nearly as long, and what they move through shared memory is close to what it can. So two blocks that
 // have the same key head, a cluster, each make operands of half of its tokens, for both; and if they have the same value
-// head, one finds T and the other P.
+// head, one finds T and the other P and the decays.
 //
 //   GDR_COLUMNS    value columns of a block, 64 or 128
 //   GDR_CLUSTER    blocks of a cluster, 1 or 2

@@ -16,10 +16,11 @@ static_assert(kFirstWarp == kAuxiliary + kMovers);
 constexpr int kDecaysRole = 0, kFirstColumnRole = 1, kKeysRole = 2, kValuesRole = 3, kSolvers = 3;
 
 // Whether the blocks of a cluster have columns of the same value head. The first one then finds T for both, and the second
-// one P.
+// one P and the decays.
 constexpr bool kOneHead = kCluster == 2 && kBlocks % 2 == 0;
 __device__ __forceinline__ bool finds_T(u32 rank) { return !kOneHead || rank == 0; }
 __device__ __forceinline__ bool finds_P(u32 rank) { return !kOneHead || rank == 1; }
+__device__ __forceinline__ bool finds_decays(u32 rank) { return !kOneHead || rank == 1; }
 
 struct TileParams {
     TileMap k, q, v, out;
@@ -48,7 +49,7 @@ struct Shared {
     // K and Q as they are in memory, and as operands; values; the inverses of T's diagonal blocks; T and P.
     Barrier tokens_full[kStages], keys_full[kStages], values_full[kSlots], inverted[kSlots], squares_full[kSlots];
     Barrier done[kStages];  // the walk is: of K and Q, values, T and P, and outputs are there
-    // In a cluster: both walks are done with K and Q; the other block has what this one copied there.
+    // In a cluster: both walks are done with K, Q and the decays; the other block has what this one copied there.
     Barrier keys_empty[kStages], keys_copied[kStages];
     Barrier squares_empty[kSlots];  // the other block's walk is done with T and P: more can be copied there
 };

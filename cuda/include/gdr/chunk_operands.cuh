@@ -142,7 +142,8 @@ struct Mover {
         if constexpr (kCluster == 1) {
             full.arrive();
         } else {
-            full.arrive_expect(2 * kTokenStep);  // of the other block's tokens
+            // Of the other block's tokens, and the decays if they come from there.
+            full.arrive_expect(2 * kTokenStep + (!finds_decays(rank) && mover == 0 ? sizeof(Decay) : 0));
             const u32 from = keys + first_token() / 8 * kTokenStep;
 #pragma unroll
             for (int i = 0; i < 2; ++i)
@@ -277,7 +278,8 @@ struct Mover {
             const bool again = i >= kStages;  // the places were used before
             const bool started = kAligned && i == 0;
             GateBits bits;
-            if (role == kDecaysRole && i < chunks) load_gates(i, bits);
+            const bool has_decays = role == kDecaysRole && i < chunks && finds_decays(rank);
+            if (has_decays) load_gates(i, bits);
             if (!kAligned && again) wait_done(i - kStages);
             if (!kAligned || role == kValuesRole) {
                 if (again) {
@@ -314,9 +316,17 @@ struct Mover {
                 pass_on(keys, sm.keys_full[stage]);
             }
             if (i >= 2 && role != kDecaysRole && finds_T(rank)) solve(i - 2, role - kFirstColumnRole);
-            if (role == kDecaysRole && i < chunks) {
-                if (kAligned && again) wait_done(i - kStages);
+            if (has_decays) {
+                if (kOneHead && again) sm.keys_empty[stage].wait(i / kStages & 1 ^ 1);
+                else if (kAligned && again) wait_done(i - kStages);
                 fill_decays(i, bits);
+                if constexpr (kOneHead) {
+                    publish_to_engines();
+                    __syncwarp();
+                    const u32 from = shared_address(&sm.decays[stage]);
+                    if (threadIdx.x % 32 == 0)
+                        copy_in_cluster(from + other, from, sizeof(Decay), sm.keys_full[stage].address() + other);
+                }
             }
         }
 #pragma unroll 1
