@@ -4,6 +4,7 @@
 //
 // A block has kValueRows columns of a value head's state; a thread has 4 keys, and one of kParts parts of the sums.
 // requires: sm_80
+// launch: dependent
 #include "gdr/chunk.cuh"
 
 using namespace gdr;
@@ -24,6 +25,8 @@ __device__ __forceinline__ void add_scaled(float4& y, const float4& x, float fac
 extern "C" __global__ void __launch_bounds__(kThreads) chunk_combine(const __grid_constant__ Params p) {
     __shared__ __align__(16) float before[kQuads][4 * kValueRows + 4];  // of 4 keys; neighbours in different banks
     __shared__ float4 sums[kParts][kValueRows][kQuads];
+    ptx::wait_for_kernels_ahead();
+    ptx::let_kernel_behind_start();
     const int heads = p.H * p.group;
     const int value = blockIdx.x % (kV / kValueRows) * kValueRows, hv = blockIdx.x / (kV / kValueRows) % heads;
     const int n = blockIdx.x / (kV / kValueRows * heads);

@@ -15,6 +15,7 @@
 //   GDR_CLUSTER    blocks of a cluster, 1 or 2
 // requires: sm_90
 // options: -arch=sm_90a
+// launch: dependent
 namespace gdr {
 constexpr int kColumns = GDR_COLUMNS, kCluster = GDR_CLUSTER, kSplit = 1, kStages = 4, kFirstWarp = 8;
 constexpr bool kCompose = false, kLean = true;
@@ -158,21 +159,18 @@ extern "C" __global__ void __cluster_dims__(kCluster, 1, 1) __launch_bounds__(kB
     extern __shared__ __align__(1024) char shared[];
     Shared& sm = *reinterpret_cast<Shared*>(shared);
     const int lane = threadIdx.x % 32, warp = __shfl_sync(0xffffffffu, threadIdx.x / 32, 0);
-    Work work;
-    if (!find_work(p, work)) return;
-
-    if (warp == kAuxiliary) {
-        if (lane == 0) {
-            init_barriers(sm);
-            publish_to_engines();
-        }
-        __syncwarp();
-        Mover(tiles, work, sm, 0).start();
+    if (warp == kAuxiliary && lane == 0) {
+        init_barriers(sm);
+        publish_to_engines();
     }
     // T and P are zero above the diagonal, and so are inverses of its blocks.
     for (int i = threadIdx.x; i < (sizeof(sm.squares) + sizeof(sm.triangles)) / 16; i += kBlockThreads)
         reinterpret_cast<uint4*>(sm.squares)[i] = make_uint4(0, 0, 0, 0);
     publish_to_engines();
+    ptx::wait_for_kernels_ahead();
+    Work work;
+    if (!find_work(p, work)) return;
+    if (warp == kAuxiliary) Mover(tiles, work, sm, 0).start();
     if constexpr (kCluster == 2) meet_cluster();
     else __syncthreads();
     // Where warps want the same, the first ones get it: of these the others wait for all they do.

@@ -4,6 +4,7 @@
 // A block of 4 warps takes one chunk of one key head and some of its value heads, which share K K^T and Q K^T. Value
 // heads go two at a time: for each, two warps find T.
 // requires: sm_80
+// launch: dependent
 #include "gdr/chunk_local.cuh"
 
 using namespace gdr;
@@ -84,6 +85,8 @@ __device__ __forceinline__ void fill_keys(const Params& p, Shared& sm, const Pla
 extern "C" __global__ void __launch_bounds__(32 * kWarps, 4) chunk_prepare(const __grid_constant__ Params p) {
     extern __shared__ __align__(128) char shared[];
     Shared& sm = *reinterpret_cast<Shared*>(shared);
+    ptx::wait_for_kernels_ahead();
+    ptx::let_kernel_behind_start();
     const int h = blockIdx.x, slot = blockIdx.y, part = blockIdx.z;
     const int n = p.N == 1 ? 0 : find_owner(p, p.first_chunk + slot);
     if (n < 0) return;

@@ -6,6 +6,7 @@
 //   GDR_COMPOSE                the walk that finds the maps of segments
 // requires: sm_90
 // options: -arch=sm_90a
+// launch: dependent
 namespace gdr {
 constexpr int kColumns = GDR_COLUMNS, kSplit = 1, kStages = GDR_STAGES, kFirstWarp = 0;
 constexpr bool kCompose = GDR_COMPOSE, kLean = false;
@@ -132,14 +133,8 @@ __device__ __forceinline__ void bring_values(const Work& work, Shared& sm) {
     wait_copies();
 }
 
-// Zeros for what no copy fills: above the diagonals, and the values of a map's columns.
-__device__ __forceinline__ void zero_rest(const Work& work, Stage& stage) {
-    const auto zero = [](char* to, int bytes) {
-        for (int i = threadIdx.x; i < bytes / 16; i += blockDim.x)
-            reinterpret_cast<uint4*>(to)[i] = make_uint4(0, 0, 0, 0);
-    };
-    zero(stage.squares, sizeof(stage.squares));
-    if (work.first_column >= kV) zero(stage.V, sizeof(stage.V));
+__device__ __forceinline__ void zero(char* to, int bytes) {
+    for (int i = threadIdx.x; i < bytes / 16; i += blockDim.x) reinterpret_cast<uint4*>(to)[i] = make_uint4(0, 0, 0, 0);
 }
 
 }  // namespace
@@ -153,18 +148,22 @@ extern "C" __global__ void __launch_bounds__(kBlockThreads, 1) chunk_state_sm90(
     extern __shared__ __align__(128) char shared[];
     Shared& sm = *reinterpret_cast<Shared*>(shared);
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, storer = warp - kWarps - 2;
-    Work work;
-    if (!find_work(p, work)) return;
-    find_tokens(p, work, lane / 8, lane % 8, lane / 8, work.first_column + max(storer, 0) * 64 + lane % 8 * 8);
-    work.outputs += work.first * (kC * work.output_step);
-
-    for (int i = 0; i < kStages; ++i) zero_rest(work, sm.stages[i]);
+    // Zeros for what no copy fills: above the diagonals, and the values of a map's columns.
+    for (int i = 0; i < kStages; ++i) zero(sm.stages[i].squares, sizeof(sm.stages[i].squares));
     if (threadIdx.x == 0) {
 #pragma unroll
         for (int i = 0; i < kStages; ++i) sm.full[i].init(33), sm.empty[i].init(kWarps);
         sm.outputs.init();
         Barrier::publish_inits();
     }
+    ptx::wait_for_kernels_ahead();
+    if constexpr (kCompose) ptx::let_kernel_behind_start();
+    Work work;
+    if (!find_work(p, work)) return;
+    find_tokens(p, work, lane / 8, lane % 8, lane / 8, work.first_column + max(storer, 0) * 64 + lane % 8 * 8);
+    work.outputs += work.first * (kC * work.output_step);
+    if (kCompose && work.first_column >= kV)
+        for (int i = 0; i < kStages; ++i) zero(sm.stages[i].V, sizeof(sm.stages[i].V));
     publish_to_engines();
     __syncthreads();
     if (warp >= kWarps) {
