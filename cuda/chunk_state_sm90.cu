@@ -4,6 +4,9 @@
 //
 //   GDR_COLUMNS, GDR_STAGES    value columns of a block (a multiple of 64), chunks in shared memory
 //   GDR_COMPOSE                the walk that finds the maps of segments
+//
+// With GDR_BESIDE it starts while chunk_prepare runs, which was launched just ahead of it and has waited for all else: what
+// is in memory is the caller's, but for the workspace, where a flag says what is there.
 // requires: sm_90
 // options: -arch=sm_90a
 // launch: dependent
@@ -12,6 +15,7 @@ constexpr int kColumns = GDR_COLUMNS, kSplit = 1, kStages = GDR_STAGES, kFirstWa
 constexpr bool kCompose = GDR_COMPOSE, kLean = false;
 }  // namespace gdr
 
+#include "gdr/chunk_beside.cuh"
 #include "gdr/chunk_walk.cuh"
 
 using namespace gdr;
@@ -55,6 +59,37 @@ struct Feed {
 
 // ---- The warps that bring a chunk's tiles and values.
 
+// Of the pieces of work of chunk_prepare, a chunk's keys come with the first part of their value heads, the rest with its
+// own.
+struct Arrivals {
+    static constexpr int kAtOnce = 16;  // chunks: a look at a flag takes as long as a chunk
+    PieceFlags* first;                  // this lane's
+    i64 step;
+    int chunks, ready = 0;
+    bool reports;  // for all blocks that read a piece
+
+    __device__ __forceinline__ Arrivals(const Params& p, const Work& work) : chunks(work.last - work.first) {
+        if constexpr (!kBeside) return;
+        const int lane = threadIdx.x % 32, head = work.hv % p.group;
+        const int part = lane < kAtOnce ? 0 : head / p.heads_per_block;
+        reports = lane == kAtOnce && work.first_column == 0 && head % p.heads_per_block == 0;
+        step = p.H * parts_of_heads(p);
+        first = flags_of(p) + (work.seq.chunk + work.first - p.first_chunk) * step + part * p.H + work.hv / p.group;
+    }
+    __device__ __forceinline__ void wait(int chunk) {
+        if (!kBeside || chunk < ready) return;
+        do {
+            const int mine = min(ready + static_cast<int>(threadIdx.x % kAtOnce), chunks - 1);
+            const u32 up = __ballot_sync(0xffffffffu, ptx::flag_is_up(&first[mine * step].ready));
+            ready += __ffs((~(up & up >> kAtOnce) & 0xffff) | 0x10000) - 1;
+        } while (chunk >= ready);
+        order_with_engines();
+    }
+    __device__ __forceinline__ void report(int chunk) const {
+        if (kBeside && reports) ptx::set_mark(&first[chunk * step].read);
+    }
+};
+
 // What the copy engine brings, a piece a lane.
 __device__ __forceinline__ void bring_tiles(const Params& p, const Work& work, Shared& sm) {
     constexpr int kKeyBytes = sizeof(sm.stages[0].keys), kSquares = Stage::kWith;
@@ -83,15 +118,18 @@ __device__ __forceinline__ void bring_tiles(const Params& p, const Work& work, S
     } else {
         from += slot * key_step + work.hv / p.group * (2 * kKeyTileBytes), step = key_step;
     }
+    Arrivals arrivals(p, work);
     int stage = 0;
     u32 parity = 1;  // the first round finds every stage empty
 #pragma unroll 1
     for (int chunk = work.first; chunk < work.last; ++chunk) {
+        arrivals.wait(chunk - work.first);
         Barrier& full = sm.full[stage];
         sm.empty[stage].wait(parity);
         if (lane == 0) full.arrive_expect(kBytes);
         __syncwarp();
         if (lane <= kKeysLane) full.copy_bulk(shared_address(&sm.stages[stage]) + to, from, bytes);
+        arrivals.report(chunk - work.first);
         from += step;
         if (++stage == kStages) stage = 0, parity ^= 1;
     }
@@ -116,7 +154,9 @@ __device__ __forceinline__ void bring_values(const Work& work, Shared& sm) {
                 for (int i = 0; i < kColumns / 64; ++i) {
                     char* there = to + token * kValueRow + i * 128;
                     if constexpr (kAligned) {
-                        copy16(shared_address(there), exists ? from + i * 128 : work.values, exists);
+                        const char* here = exists ? from + i * 128 : work.values;
+                        if constexpr (kBeside) copy16_once(shared_address(there), here, exists);
+                        else copy16(shared_address(there), here, exists);
                     } else {
                         u32 words[4];
                         load_chunk<kQkv, 8, false>(from, i * 64, exists ? 8 : 0, words);
@@ -135,6 +175,11 @@ __device__ __forceinline__ void bring_values(const Work& work, Shared& sm) {
 
 __device__ __forceinline__ void zero(char* to, int bytes) {
     for (int i = threadIdx.x; i < bytes / 16; i += blockDim.x) reinterpret_cast<uint4*>(to)[i] = make_uint4(0, 0, 0, 0);
+}
+
+// The end of the walk is that of chunk_prepare too, for all that comes behind it.
+__device__ __forceinline__ void end_both() {
+    if (kBeside && blockIdx.x == gridDim.x - 1) ptx::wait_for_kernels_ahead();
 }
 
 }  // namespace
@@ -156,10 +201,14 @@ extern "C" __global__ void __launch_bounds__(kBlockThreads, 1) chunk_state_sm90(
         sm.outputs.init();
         Barrier::publish_inits();
     }
-    ptx::wait_for_kernels_ahead();
+    if constexpr (kBeside) ptx::run_beside_kernel_ahead();
+    else ptx::wait_for_kernels_ahead();
     if constexpr (kCompose) ptx::let_kernel_behind_start();
     Work work;
-    if (!find_work(p, work)) return;
+    if (!find_work(p, work)) {
+        end_both();
+        return;
+    }
     find_tokens(p, work, lane / 8, lane % 8, lane / 8, work.first_column + max(storer, 0) * 64 + lane % 8 * 8);
     work.outputs += work.first * (kC * work.output_step);
     if (kCompose && work.first_column >= kV)
@@ -180,4 +229,5 @@ extern "C" __global__ void __launch_bounds__(kBlockThreads, 1) chunk_state_sm90(
         compute(work, feed, S);
         save_state(p, work, S, column, 0);
     }
+    end_both();
 }

@@ -1,8 +1,9 @@
 """Launches the chunkwise rule on a CUDA device: a kernel for what belongs to each chunk alone, one that walks them.
 
 Where few states leave the device idle, long sequences are cut into segments that are walked at the same time, once two
-more kernels have found the states between them; cuda/include/gdr/chunk.cuh says how.  Where the states fill half of the
-device or more, _cuda_chunk_fused launches one kernel that does it all.
+more kernels have found the states between them; cuda/include/gdr/chunk.cuh says how.  Where states take about half of
+the device, both kernels run at the same time on parts of it.  Where the states fill half of the device or more,
+_cuda_chunk_fused may launch one kernel that does it all.
 
 How a call is cut up follows from shapes, dtypes and the device, never from data.  What the kernels do not take runs on
 the fused recurrence, which gives the same answer: V that is no multiple of 16; devices before compute capability 8.0;
@@ -30,6 +31,10 @@ PARAMS = dict.fromkeys(("chunk_prepare", "chunk_state", "chunk_state_sm90", "chu
 PARAMS |= dict.fromkeys(("chunk_prepare_f32", "chunk_state_f32"), params)
 PARAMS |= {"chunk_fused_sm90": _cuda_chunk_fused.params}
 
+# Beside the walk: groups of a block of chunk_prepare, and the most sequences that it can order; bytes of the structs
+# PieceOrder and PieceFlags of chunk_beside.cuh.
+_GROUPS, _MOST_BESIDE = 3, 32
+_ORDER, _FLAGS = _MOST_BESIDE * (3 * 8 + 4 * 4) + 8, 8
 _HEAD_TILE = 2 * 10 * 512 + 3 * CHUNK * 4  # bytes of T, P and the decays of a chunk and value head
 
 
@@ -66,6 +71,7 @@ class Cut(NamedTuple):
     tile: Tile
     segment: int = 0  # chunks of a segment; 0 for sequences as they are
     fused: bool = False  # one kernel does all: chunk_fused_sm90
+    beside: int = 0  # blocks of chunk_prepare that run beside the walk; 0 where it runs ahead
 
     @property
     def compose(self) -> Tile:
@@ -84,7 +90,7 @@ class Plan:
         self.chunks = count_chunks(spec)
         keys = align(spec.K, 64)
         self.key_tiles = spec.H * 2 * _key_tile(spec.K)
-        per_chunk = self.key_tiles + spec.HV * _HEAD_TILE
+        per_chunk = self.key_tiles + spec.HV * (_HEAD_TILE + (_FLAGS if cut.beside else 0))
         map_bytes = spec.HV * (spec.V + keys) * keys * 4
         if cut.segment:
             per_chunk += -(-map_bytes // cut.segment)
@@ -96,7 +102,6 @@ class Plan:
         # Beside the tiles: maps of segments, and states between parts, those that one launch reads and those it writes.
         self.maps = self.rows * map_bytes if cut.segment else 0
         self.carried = 0 if self.at_once == self.chunks else spec.HV * keys * spec.V * 4
-        self.workspace = self.at_once * (self.key_tiles + spec.HV * _HEAD_TILE) + self.maps + 2 * self.carried
         group = spec.HV // spec.H
         self.heads_per_block = min(group, 4)
         while self.heads_per_block > 1 and (
@@ -104,7 +109,13 @@ class Plan:
         ):
             self.heads_per_block = -(-self.heads_per_block // 2)
         self.prepare_parts = -(-group // self.heads_per_block)
-        self.prepare_shared = max(2 * _key_tile(spec.K), 2 * (10 * 512 + 4 * 324 * 4)) + 4 * CHUNK * 24
+        self.prepare_threads, self.prepare_shared = 128, _prepare_shared(spec.K)
+        self.flags = 0
+        if cut.beside:
+            self.prepare_threads, self.prepare_shared = _GROUPS * 128, _GROUPS * self.prepare_shared + _ORDER
+            self.flags = align(_FLAGS * self.at_once * spec.H * self.prepare_parts, 128)
+        self.workspace = self.at_once * (self.key_tiles + spec.HV * _HEAD_TILE) + self.flags + self.maps
+        self.workspace += 2 * self.carried
         # Kernels after chunk_prepare, in order: blocks, threads, shared memory.
         tile, compose = cut.tile, cut.compose
         self.grids = [(self.rows * spec.HV * (spec.V // tile.columns), tile.threads, tile.shared(spec.K))]
@@ -188,8 +199,8 @@ def _run(call: Call, plan: Plan) -> None:
         read, written = carried + part % 2 * plan.carried, carried + (part + 1) % 2 * plan.carried
         params.pack(*pointers, tiles, head_tiles, read, written, maps, *scalars, first, last, *plan.fixed.values)
         if spec.T:
-            grid = spec.H, last - first, plan.prepare_parts
-            prepare.launch(grid, (128, 1, 1), params, stream, plan.prepare_shared)
+            grid = (plan.cut.beside, 1, 1) if plan.cut.beside else (spec.H, last - first, plan.prepare_parts)
+            prepare.launch(grid, (plan.prepare_threads, 1, 1), params, stream, plan.prepare_shared)
         for kernel, (blocks, threads, shared) in zip(walks, plan.grids):
             kernel.launch((blocks, 1, 1), (threads, 1, 1), params, stream, shared)
 
@@ -242,6 +253,9 @@ def _cuts_by_warpgroups(spec: Spec, batch_invariant: bool, gpu: Gpu) -> Iterator
         filled = spec.N * spec.HV * (spec.V // columns) >= 0.45 * gpu.multiprocessors
         if filled and not batch_invariant and _cuda_chunk_fused.takes(spec):
             yield Cut(tile, fused=True)
+        beside = _blocks_beside(spec, columns, gpu)
+        if beside:
+            yield Cut(tile, beside=beside)
         if batch_invariant or columns < widest or (spec.V + align(spec.K, 64)) % columns:
             continue
         for segment in (4, 8, 16, 32, 64, 128, 256):
@@ -256,7 +270,12 @@ _WALK_LATENCY, _COMPOSE_LATENCY, _BANDWIDTH = {64: 0.95, 128: 1.5}, {64: 0.8, 12
 
 # The same of the one kernel: microseconds of a chunk, where two blocks share a head's work and where not, and until a
 # block's first one is there. Bytes that chunk_prepare moves in a microsecond.
-_FUSED_LATENCY, _FUSED_START, _PREPARE_BANDWIDTH = {True: 1.76, False: 2.8}, 15, 2.6e6
+_FUSED_LATENCY, _FUSED_START, _PREPARE_BANDWIDTH = {True: 1.56, False: 2.8}, 15, 2.6e6
+
+
+# Of both beside each other: microseconds of a call besides its chunks, of a chunk's walk by blocks of 64 columns, and
+# of what a group of chunk_prepare does at a time, besides and for each of its value heads; bytes a microsecond.
+_BESIDE_START, _BESIDE_LATENCY, _PIECE, _PIECE_HEAD, _BESIDE_BANDWIDTH = 18, 1.02, 8, 1.55, 2.05e6
 
 
 def _estimate(spec: Spec, cut: Cut, gpu: Gpu) -> float:
@@ -269,6 +288,9 @@ def _estimate(spec: Spec, cut: Cut, gpu: Gpu) -> float:
         packed = spec.varlen and spec.N > 1
         steps = max(chunks * (1 + 0.3 / (spec.N - 1)), chunks * waves) if packed else chunks * ceil(waves)
         return ceil(waves) * _FUSED_START + steps * latency
+    if cut.beside:
+        prepared = count_chunks(spec) * _prepare_time(spec) / cut.beside
+        return _BESIDE_START + max(chunks * _time_beside(spec), prepared)
     segments = -(-chunks // cut.segment) if cut.segment else 1
     columns, steps = cut.tile.columns, cut.segment or chunks
     key_tile = _key_tile(spec.K) / (spec.HV // spec.H)
@@ -280,15 +302,36 @@ def _estimate(spec: Spec, cut: Cut, gpu: Gpu) -> float:
         blocks = spec.N * spec.HV * segments * (all_columns // columns)
         waves = -(-blocks // gpu.multiprocessors)
         heads = min(blocks, gpu.multiprocessors) * columns / all_columns
-        return 9 + waves * steps * max(latency, heads * bytes_a_chunk / _BANDWIDTH[columns])
+        return 7 + waves * steps * max(latency, heads * bytes_a_chunk / _BANDWIDTH[columns])
 
     prepared = 4 * CHUNK * spec.K * spec.H + 2 * _key_tile(spec.K) * spec.H + _HEAD_TILE * spec.HV
-    total = 3 + count_chunks(spec) * prepared / _PREPARE_BANDWIDTH
+    total = 1 + count_chunks(spec) * prepared / _PREPARE_BANDWIDTH
     total += walk(segments, spec.V, _WALK_LATENCY[columns], 2 * key_tile + _HEAD_TILE + 2 * values)
     if cut.segment:
         all_columns, bytes_a_chunk = spec.V + align(spec.K, 64), key_tile + _HEAD_TILE / 2 + values
         total += walk(segments - 1, all_columns, _COMPOSE_LATENCY[columns], bytes_a_chunk) + 2 * segments
     return total
+
+
+def _blocks_beside(spec: Spec, columns: int, gpu: Gpu) -> int:
+    """Blocks of chunk_prepare that keep ahead of a walk beside them; 0 where they cannot run so."""
+    if columns != 64 or not (gpu.early and spec.T and spec.N <= _MOST_BESIDE):
+        return 0
+    wanted = ceil(1.03 * spec.N * _prepare_time(spec) / _time_beside(spec))
+    return max(0, min(wanted, gpu.multiprocessors - spec.N * spec.HV * (spec.V // columns)))
+
+
+def _time_beside(spec: Spec) -> float:
+    """Microseconds of a chunk of all sequences where chunk_prepare keeps ahead of the walk."""
+    tokens = 4 * CHUNK * (spec.K * spec.H + spec.V * spec.HV)
+    moved = tokens + 2 * _key_tile(spec.K) * spec.H + _HEAD_TILE * spec.HV  # tiles are read from L2
+    return max(_BESIDE_LATENCY, spec.N * moved / _BESIDE_BANDWIDTH)
+
+
+def _prepare_time(spec: Spec) -> float:
+    """Microseconds of a chunk on one processor, in chunk_prepare beside a walk."""
+    group = spec.HV // spec.H
+    return spec.H * (-(-group // 4) * _PIECE + group * _PIECE_HEAD) / _GROUPS
 
 
 def specializations(
@@ -317,6 +360,8 @@ def _specialize(
             return "chunk_state_sm90", defines | {"GDR_COMPOSE": tile.compose}
         return "chunk_state", defines | {"GDR_SPLIT": tile.split}
 
+    if cut.beside:
+        shared |= {"GDR_BESIDE": True}
     kernels = [("chunk_prepare", shared | none | gates), walk(cut.tile)]
     if cut.segment:
         kernels[1:1] = [walk(cut.compose), ("chunk_combine", shared | none | gates | {"GDR_V": spec.V})]
@@ -325,3 +370,8 @@ def _specialize(
 
 def _key_tile(K: int) -> int:
     return CHUNK * align(K, 64) * 2
+
+
+def _prepare_shared(K: int) -> int:
+    """Bytes of shared memory of a group of chunk_prepare: its struct Shared."""
+    return max(2 * _key_tile(K), 2 * (10 * 512 + 4 * 324 * 4)) + 4 * CHUNK * 24

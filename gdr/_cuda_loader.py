@@ -13,7 +13,8 @@ Three comments in a source speak to this module (and to the tests that compile w
 
 The last is programmatic dependent launch, of compute capability 9.0 and up; elsewhere the kernel starts when it may.
 Such a kernel calls ``ptx::wait_for_kernels_ahead`` before it reads what a kernel may have written and before it
-writes; all of its blocks do, for the kernel behind it relies on its end to mean the end of all before it.
+writes; all of its blocks do, for the kernel behind it relies on its end to mean the end of all before it.  One that
+was made to run beside the kernel ahead of it knows what it may read when, and calls it before it ends.
 
 CuPy itself adds ``-ftz=true``: subnormal float32 numbers count as zero in CUDA kernels.
 """
@@ -158,6 +159,7 @@ class Gpu(NamedTuple):
     capability: int  # 90 for 9.0
     multiprocessors: int
     shared: int  # bytes of shared memory that a block may have
+    early: bool = False  # whether kernels can start before those ahead of them have ended
 
 
 @cache
@@ -165,10 +167,12 @@ def describe_gpu(device: int) -> Gpu:
     """What of a CUDA device decides which kernels it runs."""
     gpu = _import_cupy().cuda.Device(device)
     attributes = gpu.attributes
+    capability = int(gpu.compute_capability)
     return Gpu(
-        int(gpu.compute_capability),
+        capability,
         int(attributes["MultiProcessorCount"]),
         int(attributes["MaxSharedMemoryPerBlockOptin"]),
+        _dependent_launcher(capability) is not None,
     )
 
 
@@ -299,7 +303,7 @@ class Kernel:
         self._context: int = driver.ctxGetCurrent()
         self._dynamic_shared: int = raw_kernel.max_dynamic_shared_size_bytes
         self._launch = driver.launchKernel
-        self._launch_dependent = _dependent_launcher(device) if dependent else None
+        self._launch_dependent = _dependent_launcher(describe_gpu(device).capability) if dependent else None
         self._handle, self._check = ctypes.c_void_p(self.function), driver.check_status
         self._get_context, self._set_context = driver.ctxGetCurrent, driver.ctxSetCurrent
         self._lock = threading.Lock()
@@ -437,10 +441,10 @@ def _driver() -> Any:
         return None
 
 
-def _dependent_launcher(device: int) -> Any:
+def _dependent_launcher(capability: int) -> Any:
     """The driver's cuLaunchKernelEx where kernels can be launched as dependent ones, else None."""
     # Drivers before CUDA 12.3 know no such edges in the graphs that they capture.
-    if describe_gpu(device).capability < 90 or _import_cupy().cuda.runtime.driverGetVersion() < 12030:
+    if capability < 90 or _import_cupy().cuda.runtime.driverGetVersion() < 12030:
         return None
     return getattr(_driver(), "cuLaunchKernelEx", None)
 

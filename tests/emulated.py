@@ -134,7 +134,7 @@ def gpu(
 
     With `lies`, what kernels see before they wait for those ahead is wrong now and then.
     """
-    card = loader.Gpu(capability, multiprocessors, {80: 163 << 10, 90: 227 << 10}[capability])
+    card = loader.Gpu(capability, multiprocessors, {80: 163 << 10, 90: 227 << 10}[capability], capability >= 90)
 
     def load(stem: str, defines: Mapping[str, loader.Define], device: int) -> Kernel:
         return Kernel(stem, _build(stem, tuple(sorted(defines.items())), directory), lies)

@@ -37,7 +37,8 @@ class Compiled(NamedTuple):
     stack: int
     shared: int  # static
     params: int  # size of the kernel's one argument
-    waits_first: bool  # for the kernels ahead, in the order of the PTX; then it uses global memory
+    waits: bool  # for the kernels ahead
+    waits_first: bool  # in the order of the PTX; then it uses global memory
     seconds: float
     log: str
 
@@ -103,6 +104,7 @@ def compile(stem: str, defines: Mapping[str, loader.Define], arch: int, director
         stack=number(r"(\d+) bytes stack frame"),
         shared=number(r"(\d+) bytes smem"),
         params=int(argument[1]) if argument else 0,
+        waits="griddepcontrol.wait" in ptx,
         waits_first=first is not None and first[0].startswith("griddepcontrol"),
         seconds=time.perf_counter() - start,
         log=log,

@@ -151,6 +151,73 @@ def test_segments_and_short_workspace(monkeypatch: pytest.MonkeyPatch) -> None:
     assert_chunk(x)
 
 
+BESIDE = [
+    ({"lengths": [64 * 40 + 7]}, 68),
+    ({"lengths": [64 * 40 + 7]}, 5),
+    ({"lengths": [70, 0, 64 * 30, 1, 64 * 30, 130]}, 40),
+    ({"lengths": [64 * 50, 64 * 20], "H": 2, "HV": 20}, 50),
+    ({"B": 3, "T": 1000}, 80),
+]
+
+
+@pytest.mark.parametrize(("shape", "blocks"), BESIDE)
+@pytest.mark.parametrize("workspace", [512 << 20, 2 << 20])
+def test_beside(shape: dict[str, Any], blocks: int, workspace: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same bits as one kernel after the other, with what others left in the workspace."""
+    import cupy
+
+    monkeypatch.setattr("gdr._cuda_chunk_call.MAX_WORKSPACE", workspace)
+    x = make_inputs(**{"H": 4, "HV": 8, "K": 128, "V": 128, "dtype": "bfloat16", "gates": "slow", **shape})
+    tile = cuda_chunk.Tile(64, 1, 3, True)
+    use(monkeypatch, cuda_chunk.Cut(tile))
+    want = chunk(x, initial_state=x.initial_state)
+    use(monkeypatch, cuda_chunk.Cut(tile, beside=blocks))
+    lent = cupy.full(600 << 20, 1, cupy.uint8)
+    for fill in (1, 255, None, None):
+        if fill is not None:
+            lent[:] = fill
+        for got, whole in zip(chunk(x, initial_state=x.initial_state, workspace=lent), want):
+            assert_same_bits(got, whole)
+
+
+def test_beside_in_a_graph_and_beside_other_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Replays, one after the other with the same workspace, while another stream takes processors."""
+    import cupy
+
+    problems = [make_inputs(B=1, T=64 * 50, H=8, HV=16, K=128, V=128, dtype="bfloat16", seed=s) for s in (0, 1)]
+    tile = cuda_chunk.Tile(64, 1, 3, True)
+    use(monkeypatch, cuda_chunk.Cut(tile))
+    want = [chunk(x)[0] for x in problems]
+    use(monkeypatch, cuda_chunk.Cut(tile, beside=80))
+    there = [x.to("cupy", "cuda") for x in problems]
+    outs = [poisoned(x.v) for x in problems]
+    lent = cupy.full(256 << 20, 1, cupy.uint8)
+    streams = [cupy.cuda.Stream(non_blocking=True) for _ in range(2)]
+
+    def both() -> None:
+        for x, out in zip(there, outs):
+            gdr.chunk_gated_delta_rule(*given(x), out=out, workspace=lent)
+
+    with streams[1]:
+        square = cupy.ones((4096, 4096), cupy.float32)
+        square @ square
+    with streams[0]:
+        both()
+        streams[0].begin_capture()
+        both()
+        graph = streams[0].end_capture()
+        streams[0].synchronize()
+        for _ in range(20):
+            with streams[1]:
+                square @ square
+            for out in outs:
+                out.fill(0)
+            graph.launch(streams[0])
+            for out, o in zip(outs, want):
+                assert_same_bits(to_numpy(out), o)
+    cupy.cuda.Device().synchronize()
+
+
 def test_one_long_sequence_with_few_heads_is_cut() -> None:
     if cuda_chunk.describe_gpu(0).capability != 90:
         pytest.skip("not on this GPU")

@@ -242,6 +242,39 @@ def test_segments(columns: int, K: int, device: None, monkeypatch: pytest.Monkey
     assert_rule("chunk_gated_delta_rule", x, 1e-3)
 
 
+def run_chunk(there: Inputs, **options: Any) -> tuple[np.ndarray, np.ndarray]:
+    o, h = gdr.chunk_gated_delta_rule(
+        *given(there), initial_state=there.initial_state, cu_seqlens=there.cu_seqlens, output_final_state=True,
+        out=poisoned(there.v), **options,
+    )  # fmt: skip
+    return host(o), host(h)
+
+
+# One sequence and some at once, empty ones among them, fewer chunks than groups and more, value heads of one part and
+# of two.
+@pytest.mark.parametrize("workspace", [512 << 20, 300_000])
+@pytest.mark.parametrize(
+    "shape",
+    [
+        {"lengths": [64 * 9 + 5], "HV": 2},
+        {"lengths": [70, 0, 64 * 7, 1, 64 * 7, 130], "HV": 2},
+        {"B": 3, "T": 150, "HV": 10},
+    ],
+)
+def test_beside(shape: dict[str, Any], workspace: int, device: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("gdr._cuda_chunk_call.MAX_WORKSPACE", workspace)
+    x = make_inputs(**({"H": 2, "K": 64, "V": 128, "dtype": "bfloat16", "gates": "slow"} | shape))
+    seen = []
+    for beside in (0, 1, 2):
+        cut = cuda_chunk.Cut(cuda_chunk.Tile(64, 1, 3, True), beside=beside)
+        monkeypatch.setattr(cuda_chunk, "pick_cut", lambda *_, cut=cut: cut)
+        _inputs.forget()
+        seen.append(run_chunk(to_device(x)))
+    for got in seen[1:]:
+        assert_same_bits(got[0], seen[0][0])
+        assert_same_bits(got[1], seen[0][1])
+
+
 @pytest.fixture(params=[64, 128])
 def fused(request: Any, device: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """All calls run as one kernel, on blocks of 64 or 128 value columns."""
@@ -315,6 +348,24 @@ def test_batches_that_fill_a_gpu_take_one_kernel() -> None:
         assert [stem for stem, _ in cuda_chunk.specializations(spec, card)] == stems
         fixed = cuda_chunk.specializations(spec, card, batch_invariant=True)
         assert [stem for stem, _ in fixed] == ["chunk_prepare", "chunk_state_sm90"]
+
+
+def test_long_sequences_are_prepared_beside_the_walk() -> None:
+    card = loader.Gpu(90, 132, 227 << 10, early=True)
+    shape = {"B": 1, "T": 8192, "H": 16, "HV": 32, "K": 128, "V": 128}
+    for changes, gpu_, beside in (
+        ({}, card, 52),
+        ({}, card._replace(early=False), 0),
+        ({"H": 2, "HV": 8}, card, 0),
+        ({"H": 8, "HV": 16, "B": 2}, card, 52),
+        ({"H": 1, "HV": 1, "sequences": 40}, card, 0),
+    ):
+        spec = make_spec("chunk", **{**shape, **changes})
+        cut = cuda_chunk.choose(spec, gpu_, False)
+        assert isinstance(cut, cuda_chunk.Cut)
+        assert cut.beside == beside
+        kernels = cuda_chunk.specializations(spec, gpu_)
+        assert {bool(defines.get("GDR_BESIDE")) for _, defines in kernels} == {beside > 0}
 
 
 @pytest.mark.parametrize("layout", ["kv", "vk"])

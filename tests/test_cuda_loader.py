@@ -204,6 +204,8 @@ def test_old_gpus_and_drivers_launch_the_ordinary_way(
     for driver in (None, types.SimpleNamespace()):
         monkeypatch.setattr(loader, "_driver", lambda driver=driver: driver)
         loader.load(dependent, {"A": str(driver)}, 0).launch((1, 1, 1), (32, 1, 1), params, 5)
+        loader.describe_gpu.cache_clear()
+        assert not loader.describe_gpu(0).early
     assert launches == []
     assert len(fake.launches) == 4
 

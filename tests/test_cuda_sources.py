@@ -104,7 +104,7 @@ def other_ring_specs() -> Iterator[Spec]:
 
 def jobs(specs: Iterable[Spec], arch: int) -> list[Job]:
     """The different kernels that calls choose on a GPU."""
-    return list(dict(warmup.specializations(list(specs), loader.Gpu(arch, 132, SHARED[arch]))).values())
+    return list(dict(warmup.specializations(list(specs), loader.Gpu(arch, 132, SHARED[arch], arch >= 90))).values())
 
 
 def all_specs() -> list[Spec]:
@@ -132,7 +132,9 @@ def check(compiled: Iterable[nvrtc.Compiled]) -> None:
         if kernel.stem in layouts:
             assert kernel.params == layouts[kernel.stem].size, f"the arguments of {kernel.stem} have another layout"
         if kernel.arch >= 90 and loader.read_source(kernel.stem).dependent:
-            assert kernel.waits_first, f"{kernel.stem} is launched as a dependent kernel and does not wait first"
+            beside = kernel.stem == "chunk_state_sm90" and kernel.defines.get("GDR_BESIDE")
+            assert kernel.waits, f"{kernel.stem} is launched as a dependent kernel and does not wait"
+            assert kernel.waits_first != bool(beside), f"{kernel.stem} does not wait when it should"
 
 
 def params_layouts() -> dict[str, loader.Params]:

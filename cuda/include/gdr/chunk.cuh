@@ -13,12 +13,18 @@
 // the states that it leaves behind of the identity, without values, and of zero; chunk_combine goes from segment to
 // segment with them; a second walk starts each segment from its own state.
 //
+// Where a walk without segments leaves many processors idle, chunk_prepare runs beside it on those: a few of its blocks
+// do everything, chunk after chunk, and set a flag for each piece of the workspace that is there. It lets the walk start
+// once all of its blocks run, and keeps so little ahead of it that tiles are read while they are in L2. If the walk does
+// not come, for whatever else is on the GPU, it waits no longer: the walk always gets what it waits for.
+//
 // One specialisation is chosen by macros:
 //   GDR_QKV, GDR_INITIAL, GDR_FINAL      types (DType, -1 for "no such array")
 //   GDR_K, GDR_V                         head dimensions
 //   GDR_RAW_GATES, GDR_L2NORM, GDR_VARLEN, GDR_VK    as in the recurrence; states are [.., V, K] with GDR_VK
 //   GDR_WIDE                             products of bfloat16 instead of float16
 //   GDR_ALIGNED                          q, k and v can be read by 16 bytes
+//   GDR_BESIDE                           chunk_prepare runs beside the walk
 #pragma once
 
 #include "gdr/gates.cuh"
@@ -38,6 +44,10 @@ constexpr int kKeys = ceil_div(kK, 64) * 64;  // K, filled up with zeros
 constexpr int kKeyBlocks = kKeys / 16;
 constexpr bool kRawGates = GDR_RAW_GATES, kL2Norm = GDR_L2NORM, kVarlen = GDR_VARLEN, kVK = GDR_VK;
 constexpr bool kAligned = GDR_ALIGNED;
+#ifndef GDR_BESIDE
+#define GDR_BESIDE 0
+#endif
+constexpr bool kBeside = GDR_BESIDE;
 constexpr bool kHasInitial = kInitial >= 0, kHasFinal = kFinal >= 0;
 using Op = Operand<GDR_WIDE>;
 

@@ -108,8 +108,8 @@ struct Rows {
     __device__ __forceinline__ void load(const char* row) {  // from the lane's first key
 #pragma unroll
         for (int i = 0; i < kChunks; ++i)
-            load_chunk<kQkv, 8, kAligned>(row, i * 32, kK == kKeys ? 8 : kK - i * 32 - threadIdx.x % 32 / 8 * 8,
-                                          words[i]);
+            load_chunk<kQkv, 8, kAligned, kBeside ? Cache::kOnce : Cache::kNormal>(
+                row, i * 32, kK == kKeys ? 8 : kK - i * 32 - threadIdx.x % 32 / 8 * 8, words[i]);
     }
     __device__ __forceinline__ void clear() {
 #pragma unroll

@@ -5,7 +5,7 @@
 
 namespace gdr {
 
-enum class Cache { kNormal, kStreaming };
+enum class Cache { kNormal, kStreaming, kOnce };
 
 // Loads kCount elements, of which the first `valid` exist; the others are 0. With kAligned the chunk exists whole or
 // not at all and lies on a multiple of its size (16 bytes at most).
@@ -25,6 +25,7 @@ __device__ __forceinline__ void load_chunk(const void* base, i64 index, int vali
             for (int i = 0; i < kWords; i += 4) {
                 u32(&four)[4] = *reinterpret_cast<u32(*)[4]>(words + i);
                 if constexpr (kCache == Cache::kStreaming) ptx::load_streaming(from + i * 4, four);
+                else if constexpr (kCache == Cache::kOnce) ptx::load_once(from + i * 4, four);
                 else ptx::load16(from + i * 4, four);
             }
         }

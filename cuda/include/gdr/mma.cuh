@@ -140,6 +140,14 @@ __device__ __forceinline__ void sync_threads(int barrier, int threads) {
 __device__ __forceinline__ void copy16(u32 to, const void* from, bool exists) {
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(exists ? 16 : 0) : "memory");
 }
+#if __CUDA_ARCH__ >= 900
+// Those are the first to leave L2.
+__device__ __forceinline__ void copy16_once(u32 to, const void* from, bool exists) {
+    asm volatile("cp.async.cg.shared.global.L2::cache_hint [%0], [%1], 16, %2, %3;" ::"r"(to), "l"(from),
+                 "r"(exists ? 16 : 0), "l"(ptx::first_to_leave())
+                 : "memory");
+}
+#endif
 
 // Waits for this thread's copies.
 __device__ __forceinline__ void wait_copies() { asm volatile("cp.async.wait_all;" ::: "memory"); }
@@ -162,6 +170,11 @@ __device__ __forceinline__ void store_bulk(void* to, u32 from, u32 bytes) {
 __device__ __forceinline__ void wait_bulk_stores_read() {
     asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory");
 }
+// The same until they have arrived.
+__device__ __forceinline__ void wait_bulk_stores() { asm volatile("cp.async.bulk.wait_group 0;" ::: "memory"); }
+
+// Orders accesses to global memory, this thread's and those it knows of, with the copy engine's.
+__device__ __forceinline__ void order_with_engines() { asm volatile("fence.proxy.async.global;" ::: "memory"); }
 #endif
 
 struct Barrier {

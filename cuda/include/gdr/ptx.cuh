@@ -59,6 +59,25 @@ __device__ __forceinline__ void store_streaming(void* to, const u32 (&x)[4]) {
                  : "memory");
 }
 
+#if __CUDA_ARCH__ >= 800
+// A policy for what is read once: it is the first to leave L2.
+__device__ __forceinline__ unsigned long long first_to_leave() {
+    unsigned long long policy;
+    asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
+    return policy;
+}
+#endif
+
+__device__ __forceinline__ void load_once(const void* from, u32 (&x)[4]) {
+#if __CUDA_ARCH__ >= 800
+    asm volatile("ld.global.L1::no_allocate.L2::cache_hint.v4.u32 {%0, %1, %2, %3}, [%4], %5;"
+                 : "=r"(x[0]), "=r"(x[1]), "=r"(x[2]), "=r"(x[3])
+                 : "l"(from), "l"(first_to_leave()));
+#else
+    load_streaming(from, x);
+#endif
+}
+
 __device__ __forceinline__ void load16(const void* from, u32* x) {
     asm volatile("ld.global.v4.u32 {%0, %1, %2, %3}, [%4];"
                  : "=r"(x[0]), "=r"(x[1]), "=r"(x[2]), "=r"(x[3])
@@ -118,10 +137,32 @@ __device__ __forceinline__ void wait_for_kernels_ahead() {
 #endif
 }
 
+// Instead, where the kernel ahead runs beside this one and had waited itself before it let this one start.
+__device__ __forceinline__ void run_beside_kernel_ahead() {}
+
 __device__ __forceinline__ void let_kernel_behind_start() {
 #if __CUDA_ARCH__ >= 900
     asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
 #endif
+}
+
+// Flags of two kernels that run beside each other. What one block's threads stored before they met can be seen by
+// whoever sees the flag that one of them raises then; a mark says nothing of other memory.
+__device__ __forceinline__ void raise_flag(u32* flag) {
+    asm volatile("st.release.gpu.global.u32 [%0], 1;" ::"l"(flag) : "memory");
+}
+__device__ __forceinline__ bool flag_is_up(const u32* flag) {
+    u32 x;
+    asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(x) : "l"(flag) : "memory");
+    return x != 0;
+}
+__device__ __forceinline__ void set_mark(u32* mark) {
+    asm volatile("st.relaxed.gpu.global.u32 [%0], 1;" ::"l"(mark) : "memory");
+}
+__device__ __forceinline__ bool mark_is_set(const u32* mark) {
+    u32 x;
+    asm volatile("ld.relaxed.gpu.global.u32 %0, [%1];" : "=r"(x) : "l"(mark) : "memory");
+    return x != 0;
 }
 
 // A word that a kernel ahead may be writing: it is read past L1, where it would stay.

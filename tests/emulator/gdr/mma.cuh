@@ -123,6 +123,7 @@ inline void copy16(u32 to, const void* from, bool exists) {
     if (exists) ptx::load16(from, reinterpret_cast<u32*>(at_shared<uint4>(to)));
     else *at_shared<uint4>(to) = {};
 }
+inline void copy16_once(u32 to, const void* from, bool exists) { copy16(to, from, exists); }
 inline void wait_copies() {}
 inline void publish_to_engines() {}
 inline void store_bulk(void* to, u32 from, u32 bytes) {
@@ -130,6 +131,8 @@ inline void store_bulk(void* to, u32 from, u32 bytes) {
     memcpy(to, shared + from, bytes);
 }
 inline void wait_bulk_stores_read() {}
+inline void wait_bulk_stores() {}
+inline void order_with_engines() {}
 
 struct Barrier {
     unsigned short count, missing, phase;  // arrivals a phase

@@ -34,6 +34,7 @@ void copy(void* to, const void* from, const void* aligned) {
 inline void load_streaming(const void* from, u32 (&x)[4]) { copy<16>(x, from, from); }
 inline void store_streaming(void* to, const u32 (&x)[4]) { copy<16>(to, x, to); }
 inline void load16(const void* from, u32* x) { copy<16>(x, from, from); }
+inline void load_once(const void* from, u32 (&x)[4]) { copy<16>(x, from, from); }
 inline void load8(const void* from, u32* x) { copy<8>(x, from, from); }
 inline u32 load4(const void* from) {
     u32 x;
@@ -52,6 +53,16 @@ inline void copy16(void* to, const void* from, bool exists) {
 inline void wait_copies() {}
 inline char* dynamic_shared() { return shared; }
 constexpr bool kStartsEarly = true;
+inline void raise_flag(u32* flag) {
+    if (*flag != 0) {
+        fprintf(stderr, "a flag was up before\n");
+        abort();
+    }
+    *flag = 1;
+}
+inline bool flag_is_up(const u32* flag) { return *flag != 0; }
+inline void set_mark(u32* mark) { *mark = 1; }
+inline bool mark_is_set(const u32* mark) { return *mark != 0; }
 inline u32 peek4(const void* from) {
     static unsigned count;
     u32 x;
@@ -67,6 +78,7 @@ inline void prefetch_bulk(const void* from, u32 bytes) {
     prefetch(from), prefetch(static_cast<const char*>(from) + bytes - 1);
 }
 inline void wait_for_kernels_ahead() { fibers[current].waited = true; }
+inline void run_beside_kernel_ahead() { fibers[current].waited = true; }
 inline void let_kernel_behind_start() {}
 inline void forget(u32&) {}
 
