@@ -171,6 +171,7 @@ extern "C" __global__ void __cluster_dims__(kCluster, 1, 1) __launch_bounds__(kB
     Work work;
     if (!find_work(p, work)) return;
     if (warp == kAuxiliary) Mover(tiles, work, sm, 0).start();
+    if (kHasInitial && warp == kAuxiliary + 1 && lane == 0) initial_place(p, work).prefetch(work.first_column);
     if constexpr (kCluster == 2) meet_cluster();
     else __syncthreads();
     // Where warps want the same, the first ones get it: of these the others wait for all they do.

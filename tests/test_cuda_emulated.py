@@ -275,6 +275,38 @@ def test_beside(shape: dict[str, Any], workspace: int, device: None, monkeypatch
         assert_same_bits(got[1], seen[0][1])
 
 
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("state_dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(("layout", "K"), [("kv", 128), ("vk", 128), ("vk", 96), ("vk", 126)])
+def test_states_at_any_addresses(
+    layout: str, K: int, state_dtype: str, fused: bool, device: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where neighbours of a state cannot be read at once, and where they can, the bits are the same."""
+    cut = cuda_chunk.Cut(cuda_chunk.Tile(64, 1, 3, True), fused=fused)
+    monkeypatch.setattr(cuda_chunk, "pick_cut", lambda *_: cut)
+    x = make_inputs(
+        lengths=[70, 0, 5], H=1, HV=2, K=K, V=64, dtype="bfloat16", state_dtype=state_dtype, layout=layout, gates="slow"
+    )
+    there = to_device(x)
+    seen = []
+    for offset in (0, 8):
+        memory = np.full(x.state.nbytes + 256, 0xFF, np.uint8)
+        memory = memory[-memory.ctypes.data % 128 + offset :][: x.state.nbytes]
+        pool = memory.view(x.state.dtype).reshape(x.state.shape)
+        pool[...] = x.state
+        operands = {name: getattr(there, name) for name in (*TOKENS, *RAW_GATES, "cu_seqlens")}
+        operands |= {"out": poisoned(x.v)} | dict.fromkeys(("initial_state", "final_state"), on_device(pool))
+        operands |= dict.fromkeys(("initial_slots", "final_slots"), there.slots)
+        form = Form("chunk", (*TOKENS, *RAW_GATES))
+        call = _inputs.prepare(form, tuple(map(operands.get, OPERANDS)), l2norm=True, layout=layout)
+        cuda_chunk.run(call)
+        assert not np.isnan(pool.astype(np.float32)).any()
+        seen.append((host(call.out), pool))
+    for got, want in zip(*seen):
+        assert_same_bits(got, want)
+    assert (seen[0][1] != x.state).any()
+
+
 @pytest.fixture(params=[64, 128])
 def fused(request: Any, device: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """All calls run as one kernel, on blocks of 64 or 128 value columns."""

@@ -40,33 +40,122 @@ __device__ __forceinline__ int key_of(int j, int i) {
     return kQkv == kFloat32 ? j / 2 * 16 * kSplit + t * 4 + i % 2 * 2 + j % 2 : j * 8 + t * 2 + i % 2;
 }
 
-template <int kType, class Visit>
-__device__ __forceinline__ void for_each(const StateStrides& strides, i64 slot, int hv, int column, int first_key,
-                                         Visit&& visit) {
-    const int lane = threadIdx.x % 32;
-    const i64 base = slot * strides.slot + hv * strides.head;
+// Four neighbours in memory, which a lane loads and stores for itself and the lane beside it. (Across keys, with lanes that
+// are further away, they would be exchanged for longer than the single elements of whole sectors take.)
+struct Neighbours {
+    static constexpr bool kExist = kVK && kQkv != kFloat32 && kK % 4 == 0;
+    static constexpr int kCount = kWarpKeys / 8;
+
+    int v, key;  // the first
+
+    __device__ __forceinline__ Neighbours(int i, int column, int first_key) {
+        const int lane = threadIdx.x % 32;
+        v = column + lane / 4 + i % 2 * 8, key = first_key + (i / 2 * 2 + lane % 2) * 8 + lane / 2 % 2 * 4;
+    }
+    static __device__ __forceinline__ float& element(State& S, int i, int n) {
+        return S[i / 2 * 2 + n / 2][i % 2 * 2 + n % 2];
+    }
+    // From what two lanes have in memory to what they have of the state, and back.
+    static __device__ __forceinline__ void exchange(float (&x)[4]) {
+        const bool second = threadIdx.x % 2;
+#pragma unroll
+        for (int n = 0; n < 2; ++n) {
+            const float got = __shfl_xor_sync(0xffffffffu, second ? x[n] : x[n + 2], 1);
+            x[n] = second ? got : x[n], x[n + 2] = second ? x[n + 2] : got;
+        }
+    }
+};
+
+// Where a value head's state lies.
+template <int kType, class Byte>
+struct StatePlace {
+    Byte* head;
+    i64 step;
+    bool whole;  // neighbours can be read at once
+
+    __device__ __forceinline__ StatePlace(Byte* base, const StateStrides& strides, i64 slot, int hv)
+        : head(at(base, kType, slot * strides.slot + hv * strides.head)), step(strides.row * bytes_of(kType)) {
+        whole = Neighbours::kExist && !((reinterpret_cast<size_t>(head) | step) & (4 * bytes_of(kType) - 1));
+    }
+    __device__ __forceinline__ Byte* element(int v, int key) const {
+        return head + (kVK ? v : key) * step + (kVK ? key : v) * bytes_of(kType);
+    }
+    // Brings the columns of a block near, where they lie side by side.
+    __device__ __forceinline__ void prefetch(int first_column) const {
+        constexpr int kBytes = kColumns * kK * bytes_of(kType);
+        const Byte* from = element(first_column, 0);
+        const bool together = kVK ? step == kK * bytes_of(kType) : kColumns == kV && step == kV * bytes_of(kType);
+        if (together && !((reinterpret_cast<size_t>(from) | kBytes) & 15)) ptx::prefetch_bulk(from, kBytes);
+    }
+    // An element of S.
+    __device__ __forceinline__ Byte* element(int j, int i, int column, int first_key) const {
+        return element(column + threadIdx.x % 32 / 4 + i / 2 * 8, first_key + key_of(j, i));
+    }
+};
+
+template <int kType>
+__device__ __forceinline__ void read_state(State& S, const StatePlace<kType, const char>& from, int column,
+                                           int first_key) {
+    u32 bits[kWarpKeys / 8][4] = {};  // all are on their way before the first is needed
+    if (from.whole) {
+#pragma unroll
+        for (int i = 0; i < Neighbours::kCount; ++i) {
+            const Neighbours n(i, column, first_key);
+            if (kK != kKeys && n.key >= kK) continue;
+            if constexpr (kType == kFloat32) ptx::load_streaming(from.element(n.v, n.key), bits[i]);
+            else ptx::load8(from.element(n.v, n.key), bits[i]);
+        }
+#pragma unroll
+        for (int i = 0; i < Neighbours::kCount; ++i) {
+            float x[4];
+            unpack<kType>(bits[i], x);
+            Neighbours::exchange(x);
+#pragma unroll
+            for (int k = 0; k < 4; ++k) Neighbours::element(S, i, k) = x[k];
+        }
+        return;
+    }
 #pragma unroll
     for (int j = 0; j < kWarpKeys / 8; ++j) {
 #pragma unroll
-        for (int i = 0; i < 4; ++i) {
-            const int v = column + lane / 4 + i / 2 * 8, key = first_key + key_of(j, i);
-            if (kK == kKeys || key < kK) visit(j, i, base + (kVK ? v * strides.row + key : key * strides.row + v));
-        }
+        for (int i = 0; i < 4; ++i)
+            if (kK == kKeys || first_key + key_of(j, i) < kK)
+                bits[j][i] = load_bits(kType, from.element(j, i, column, first_key), 0);
+    }
+#pragma unroll
+    for (int j = 0; j < kWarpKeys / 8; ++j) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) S[j][i] = value_of(kType, bits[j][i]);
     }
 }
 
 template <int kType>
-__device__ __forceinline__ void read_state(State& S, const void* from, const StateStrides& strides, i64 slot, int hv,
-                                           int column, int first_key) {
-    for_each<kType>(strides, slot, hv, column, first_key,
-                    [&](int j, int i, i64 index) { S[j][i] = value_of(kType, load_bits(kType, from, index)); });
-}
-
-template <int kType>
-__device__ __forceinline__ void write_state(const State& S, void* to, const StateStrides& strides, i64 slot, int hv,
-                                            int column, int first_key) {
-    for_each<kType>(strides, slot, hv, column, first_key,
-                    [&](int j, int i, i64 index) { store<kType>(to, index, S[j][i]); });
+__device__ __forceinline__ void write_state(State& S, const StatePlace<kType, char>& to, int column, int first_key) {
+    if (to.whole) {
+#pragma unroll
+        for (int i = 0; i < Neighbours::kCount; ++i) {
+            const Neighbours n(i, column, first_key);
+            float x[4];
+#pragma unroll
+            for (int k = 0; k < 4; ++k) x[k] = Neighbours::element(S, i, k);
+            Neighbours::exchange(x);
+            u32 words[4];
+            pack<kType>(x, words);
+            if (kK != kKeys && n.key >= kK) continue;
+            char* const there = to.element(n.v, n.key);
+            if constexpr (kType == kFloat32)
+                *reinterpret_cast<uint4*>(there) = make_uint4(words[0], words[1], words[2], words[3]);
+            else *reinterpret_cast<uint2*>(there) = make_uint2(words[0], words[1]);
+        }
+        return;
+    }
+#pragma unroll
+    for (int j = 0; j < kWarpKeys / 8; ++j) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i)
+            if (kK == kKeys || first_key + key_of(j, i) < kK)
+                store<kType>(to.element(j, i, column, first_key), 0, S[j][i]);
+    }
 }
 
 // Where this thread's part of a state lies between launches.
@@ -172,6 +261,10 @@ __device__ __forceinline__ float* map_of(const Params& p, const Work& work, int 
     return p.maps + (head * (kV + kKeys) + column + lane / 4) * kKeys + first_key + lane % 4 * 2;
 }
 
+__device__ __forceinline__ StatePlace<kInitial, const char> initial_place(const Params& p, const Work& work) {
+    return {static_cast<const char*>(p.initial_state), p.initial_strides, slot_before(p, work.n), work.hv};
+}
+
 __device__ __forceinline__ void load_state(const Params& p, const Work& work, State& S, int column, int first_key) {
 #pragma unroll
     for (int j = 0; j < kWarpKeys / 8; ++j) {
@@ -206,12 +299,11 @@ __device__ __forceinline__ void load_state(const Params& p, const Work& work, St
             S[j][0] = x.x, S[j][1] = x.y, S[j][2] = x.z, S[j][3] = x.w;
         }
     } else if constexpr (kHasInitial) {
-        read_state<kInitial>(S, p.initial_state, p.initial_strides, slot_before(p, work.n), work.hv, column, first_key);
+        read_state<kInitial>(S, initial_place(p, work), column, first_key);
     }
 }
 
-__device__ __forceinline__ void save_state(const Params& p, const Work& work, const State& S, int column,
-                                           int first_key) {
+__device__ __forceinline__ void save_state(const Params& p, const Work& work, State& S, int column, int first_key) {
     if constexpr (kCompose) {
         float* to = map_of(p, work, work.row, column, first_key);
 #pragma unroll
@@ -233,7 +325,8 @@ __device__ __forceinline__ void save_state(const Params& p, const Work& work, co
                                ? at(p.initial_state, kInitial < 0 ? kFloat32 : kInitial, from * p.initial_strides.slot)
                                : nullptr;
         if (work.seq.chunks > 0 || read != at(p.final_state, kFinal, to * p.final_strides.slot))
-            write_state<kFinal>(S, p.final_state, p.final_strides, to, work.hv, column, first_key);
+            write_state<kFinal>(S, {static_cast<char*>(p.final_state), p.final_strides, to, work.hv}, column,
+                                first_key);
     }
 }
 
