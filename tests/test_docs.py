@@ -199,6 +199,21 @@ def test_performance_page_gives_what_calls_cost_and_how_exact_they_are(measured,
     assert "performance-x-prefill-sweep" in measured.figures()
 
 
+def test_kernels_page_gives_the_share_of_each_kernel(measured, tmp_path):
+    rows = [
+        {"case": "m 1x64", "us": 50.0, "floor_us": 10.0},
+        {"case": "m 1x64", "kernel": "chunk_prepare"},
+        {"case": "m 1x64", "kernel": "chunk_state_sm90", "us": 40.0},
+        {"case": "m 64x2", "us": 20.0, "floor_us": 5.0},
+        {"case": "m 64x2", "kernel": "chunk_fused_sm90", "us": 20.0},
+    ]
+    head = {"device": "NVIDIA X", "date": "2000-01-01", "versions": {}, "command": "run", "note": "Alone."}
+    (tmp_path / "kernels-x.json").write_text(json.dumps(head | {"rows": rows}), encoding="utf-8")
+    page = measured.kernels_page()
+    assert "| m 1x64 | 10 | 50 | chunk_prepare beside, chunk_state_sm90 40 (80%) |" in page
+    assert "| m 64x2 | 5 | 20 | chunk_fused_sm90 20 (100%) |" in page
+
+
 def test_links_within_the_documentation():
     for page in _pages():
         text = re.sub(r"^```.*?^```$", "", page.read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE)

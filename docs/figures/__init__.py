@@ -38,6 +38,7 @@ def draw_all(directory: Path) -> None:
     (directory / "measured.md").write_text(measured.page(), encoding="utf-8")
     (directory / "numerics.md").write_text(measured.numerics_page(), encoding="utf-8")
     (directory / "deferral.md").write_text(measured.deferral_page(), encoding="utf-8")
+    (directory / "kernels.md").write_text(measured.kernels_page(), encoding="utf-8")
     (directory / "reliability.md").write_text(measured.reliability_page(), encoding="utf-8")
 
 

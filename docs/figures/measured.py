@@ -1,7 +1,8 @@
 """Plots of measurements, drawn from docs/data.
 
 ``numerics-*.json`` are written by docs/measure_numerics.py, ``deferral-*.json`` by docs/measure_deferral.py,
-``reliability-*.json`` by docs/measure_reliability.py, ``serving-*.json`` by docs/measure_serving.py.
+``reliability-*.json`` by docs/measure_reliability.py, ``serving-*.json`` by docs/measure_serving.py, ``kernels-*.json``
+by docs/measure_kernels.py.
 ``performance-*.json`` hold rows with a ``suite``, a ``case``, an ``impl`` and its time (``us`` or ``ms``), and the
 ``device`` they were taken on; a suite whose rows have a ``T`` is drawn as time against length
 (docs/measure_prefill.py).  Steps and drafts on a ring (docs/measure_ring.py) are drawn beside the times that other
@@ -89,6 +90,27 @@ def reliability_page() -> str:
     rows = [[words, *(_thousands(count(run)) for run in runs)] for words, count in lines]
     table = compared.table(["", *(NAMES[run["backend"]] for run in runs)], rows)
     return table + "".join(f"\n{NAMES[run['backend']]}: {_provenance(run)}\n" for run in runs)
+
+
+def kernels_page() -> str:
+    """A table of calls and of their kernels alone, for each device on which they were timed."""
+    files = _load("kernels-*.json").values()
+    return "\n".join(f"{data['note']}\n\n{_provenance(data)}\n\n{_kernels(data['rows'])}" for data in files)
+
+
+def _kernels(rows: list[dict[str, Any]]) -> str:
+    calls = {row["case"]: row for row in rows if "kernel" not in row}
+    lines = []
+    for case, call in calls.items():
+        kernels = [
+            f"{row['kernel']} {row['us']:.3g} ({row['us'] / call['us']:.0%})"
+            if "us" in row
+            else f"{row['kernel']} beside"
+            for row in rows
+            if row["case"] == case and "kernel" in row
+        ]
+        lines.append([case, f"{call['floor_us']:.3g}", f"{call['us']:.3g}", ", ".join(kernels)])
+    return compared.table(["", "floor, us", "call, us", "kernels alone, us, and their share of the call"], lines)
 
 
 def _thousands(value: Any) -> str:
