@@ -172,9 +172,10 @@ def choose(spec: Spec, gpu: Gpu, batch_invariant: bool) -> Cut | _cuda_chunk_f32
         return f"chunks need V to be a multiple of 16, and it is {spec.V}"
     if not spec.N * spec.HV:
         return "there are no states"
-    # The two forms round differently, and the mean length is the batch's.
-    if CHUNK_FROM["cuda"] * spec.N > spec.B * spec.T and not batch_invariant:
-        return f"sequences of fewer than {CHUNK_FROM['cuda']} tokens are done sooner so"
+    # The two forms round differently, and the mean length is the batch's. Chunks of float32 take longer.
+    fewest = CHUNK_FROM["cuda"] * (2 if spec.dtype == "float32" else 1)
+    if fewest * spec.N > spec.B * spec.T and not batch_invariant:
+        return f"sequences of fewer than {fewest} tokens are done sooner so"
     chosen = _cuda_chunk_f32.pick_tile(spec, gpu) if spec.dtype == "float32" else pick_cut(spec, batch_invariant, gpu)
     return chosen or f"chunks of K={spec.K} need more shared memory than a block of this GPU has"
 

@@ -11,10 +11,10 @@ import pytest
 from places import assert_same_bits, given
 
 import gdr
+from gdr import _backends, _inputs, reference
 from gdr import _cuda_chunk as cuda_chunk
 from gdr import _cuda_chunk_f32 as cuda_chunk_f32
 from gdr import _cuda_loader as loader
-from gdr import _inputs, reference
 from gdr._spec import OPERANDS, Form
 from gdr.testing import Inputs, assert_close, make_inputs, to_library, to_numpy
 
@@ -44,12 +44,20 @@ def poisoned(x: np.ndarray) -> Any:
 def assert_chunk(x: Inputs, rtol_o: float | None = None, rtol_h: float | None = None, **options: Any) -> None:
     options.setdefault("initial_state", x.initial_state)
     o, h = chunk(x, **options)
-    options.pop("batch_invariant", None)
     want_o, want_h = reference.chunk_gated_delta_rule(
         *given(x), output_final_state=True, cu_seqlens=x.cu_seqlens, **options
     )
     assert_close(o, want_o, rtol=rtol_o or RTOL_O[x.v.dtype.name], name="o")
     assert_close(h, want_h, rtol=rtol_h or RTOL_STATE[x.v.dtype.name], name="h")
+
+
+@pytest.fixture(autouse=True)
+def chunks(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Calls run by chunks, however short sequences are."""
+    monkeypatch.setitem(_backends.CHUNK_FROM, "cuda", 0)
+    _inputs.forget()
+    yield
+    _inputs.forget()
 
 
 @pytest.fixture(params=["chosen", "fused_128", "fused_64"])
@@ -86,7 +94,7 @@ def test_accuracy(dtype: str, gates: str) -> None:
 @pytest.mark.parametrize("T", [1, 2, 15, 16, 17, 31, 33, 63, 64, 65, 127, 128, 129, 200, 1000])
 def test_lengths(T: int, dtype: str) -> None:
     x = make_inputs(B=1, T=T, H=1, HV=2, K=128, V=128, dtype=dtype, seed=T)
-    assert_chunk(x, batch_invariant=T < 32)  # which leaves no choice
+    assert_chunk(x)
 
 
 @pytest.mark.usefixtures("kernels")
@@ -95,7 +103,7 @@ def test_lengths(T: int, dtype: str) -> None:
 @pytest.mark.parametrize("layout", ["kv", "vk"])
 def test_packed_sequences(lengths: list[int], layout: str, dtype: str) -> None:
     x = make_inputs(lengths=lengths, H=1, HV=3, K=64, V=64, dtype=dtype, layout=layout)
-    assert_chunk(x, state_layout=layout, batch_invariant=max(lengths) < 32)
+    assert_chunk(x, state_layout=layout)
 
 
 @pytest.mark.usefixtures("kernels")

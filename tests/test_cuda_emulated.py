@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -64,10 +65,11 @@ def host(x: Any) -> np.ndarray:
 
 def assert_rule(function: str, x: Inputs, rtol_h: float, rtol_o: float | None = None, **options: Any) -> None:
     there = to_device(x)
-    o, h = getattr(gdr, function)(
-        *given(there), initial_state=there.initial_state, cu_seqlens=there.cu_seqlens, output_final_state=True,
-        out=poisoned(x.v), **options,
-    )  # fmt: skip
+    with mock.patch.dict(_backends.CHUNK_FROM, cuda=0):  # however short sequences are
+        o, h = getattr(gdr, function)(
+            *given(there), initial_state=there.initial_state, cu_seqlens=there.cu_seqlens, output_final_state=True,
+            out=poisoned(x.v), **options,
+        )  # fmt: skip
     options.pop("wide_range", None)
     want_o, want_h = getattr(reference, function)(
         *given(x), initial_state=x.initial_state, cu_seqlens=x.cu_seqlens, output_final_state=True, **options
@@ -185,13 +187,18 @@ def test_explain_knows_the_flags_of_a_call(device: None) -> None:
     ("changes", "form"),
     [
         ({}, "chunkwise, 32 tokens a chunk"),
-        ({"T": 31}, "recurrent, token by token: sequences of fewer than 32 tokens are done sooner so"),
+        ({"T": 47}, "recurrent, token by token: sequences of fewer than 48 tokens are done sooner so"),
+        (
+            {"T": 23, "dtype": "bfloat16"},
+            "recurrent, token by token: sequences of fewer than 24 tokens are done sooner so",
+        ),
         ({"V": 20}, "recurrent, token by token: chunks need V to be a multiple of 16, and it is 20"),
         ({"B": 0}, "recurrent, token by token: there are no states"),
     ],
 )
-def test_explain_says_why_no_chunks(device: None, changes: dict[str, int], form: str) -> None:
-    x = to_device(make_inputs(**({"B": 2, "T": 32, "H": 1, "HV": 1, "K": 32, "V": 32} | changes), dtype="float32"))
+def test_explain_says_why_no_chunks(device: None, changes: dict[str, Any], form: str) -> None:
+    shape = {"B": 2, "T": 48, "H": 1, "HV": 1, "K": 32, "V": 32, "dtype": "float32"}
+    x = to_device(make_inputs(**(shape | changes)))
     text = gdr.explain(gdr.chunk_gated_delta_rule, *given(x))
     assert f"form: {form}\n" in text
     assert ("kernel: fused_recurrent_kv" in text) == form.startswith("recurrent")
@@ -243,10 +250,11 @@ def test_segments(columns: int, K: int, device: None, monkeypatch: pytest.Monkey
 
 
 def run_chunk(there: Inputs, **options: Any) -> tuple[np.ndarray, np.ndarray]:
-    o, h = gdr.chunk_gated_delta_rule(
-        *given(there), initial_state=there.initial_state, cu_seqlens=there.cu_seqlens, output_final_state=True,
-        out=poisoned(there.v), **options,
-    )  # fmt: skip
+    with mock.patch.dict(_backends.CHUNK_FROM, cuda=0):
+        o, h = gdr.chunk_gated_delta_rule(
+            *given(there), initial_state=there.initial_state, cu_seqlens=there.cu_seqlens, output_final_state=True,
+            out=poisoned(there.v), **options,
+        )  # fmt: skip
     return host(o), host(h)
 
 
