@@ -53,7 +53,7 @@ def assert_chunk(x: Inputs, rtol_o: float | None = None, rtol_h: float | None = 
 
 @pytest.fixture(autouse=True)
 def chunks(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Calls run by chunks, however short sequences are."""
+    """Calls run by chunks, however short sequences are; none is kept from one test to the next."""
     monkeypatch.setitem(_backends.CHUNK_FROM, "cuda", 0)
     _inputs.forget()
     yield
@@ -61,10 +61,9 @@ def chunks(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 @pytest.fixture(params=["chosen", "fused_128", "fused_64"])
-def kernels(request: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def kernels(request: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Calls run on the kernels that they choose, then where it can on the one that does all, in blocks of columns."""
     if request.param == "chosen":
-        yield
         return
     if cuda_chunk.describe_gpu(0).capability != 90 or request.node.callspec.params.get("dtype") == "float32":
         pytest.skip("not on this GPU")
@@ -77,9 +76,6 @@ def kernels(request: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         return cuda_chunk.Cut(cuda_chunk.Tile(columns, 1, 3, True), fused=True)
 
     monkeypatch.setattr(cuda_chunk, "pick_cut", pick)
-    _inputs.forget()
-    yield
-    _inputs.forget()
 
 
 @pytest.mark.usefixtures("kernels")
@@ -131,7 +127,6 @@ def test_tiles_of_float32(tile: tuple[int, int, int], monkeypatch: pytest.Monkey
     if chosen.shared(128) > cuda_chunk.describe_gpu(0).shared:
         pytest.skip("not on this GPU")
     monkeypatch.setattr(cuda_chunk_f32, "pick_tile", lambda *_: chosen)
-    _inputs.forget()
     assert_chunk(make_inputs(B=1, T=333, H=1, HV=2, K=128, V=128, dtype="float32"))
 
 
@@ -332,7 +327,6 @@ def test_many_sequences_and_heads_and_short_workspace(dtype: str, monkeypatch: p
     _inputs.forget()
     for got, whole in zip(chunk(parts, initial_state=parts.initial_state), want):
         assert_same_bits(got, whole)
-    _inputs.forget()
 
 
 @pytest.mark.usefixtures("kernels")

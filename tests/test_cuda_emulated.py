@@ -292,6 +292,7 @@ def test_states_at_any_addresses(
     """Where neighbours of a state cannot be read at once, and where they can, the bits are the same."""
     cut = cuda_chunk.Cut(cuda_chunk.Tile(64, 1, 3, True), fused=fused)
     monkeypatch.setattr(cuda_chunk, "pick_cut", lambda *_: cut)
+    monkeypatch.setitem(_backends.CHUNK_FROM, "cuda", 0)
     x = make_inputs(
         lengths=[70, 0, 5], H=1, HV=2, K=K, V=64, dtype="bfloat16", state_dtype=state_dtype, layout=layout, gates="slow"
     )
