@@ -2,7 +2,7 @@
 // itself. Nothing but tokens, outputs and states passes through memory. It does the chunk's own work anew for each value
 // head and block of columns, so it is for calls whose sequences and heads nearly fill the GPU.
 //
-// A block has some columns of one value head of one sequence. Of its warpgroups
+// A block has some columns of one value head of one sequence; longer ones come first. Of its warpgroups
 //     one for each 64 columns walks from chunk to chunk with the state in registers;
 //     one, a chunk ahead of them, multiplies keys and queries and finds P and the inverses of T's diagonal blocks;
 //     one, two chunks ahead, makes operands of K and Q, finds the decays and the rest of T, and has the copy engine bring
@@ -163,15 +163,16 @@ extern "C" __global__ void __cluster_dims__(kCluster, 1, 1) __launch_bounds__(kB
         init_barriers(sm);
         publish_to_engines();
     }
-    // T and P are zero above the diagonal, and so are inverses of its blocks.
+    ptx::wait_for_kernels_ahead();
+    Work work;
+    find_block(p, work);
+    if (!find_work(p, work, find_longest(p, work.row))) return;
+    if (warp == kAuxiliary) Mover(tiles, work, sm, 0).start();
+    if (kHasInitial && warp == kAuxiliary + 1 && lane == 0) initial_place(p, work).prefetch(work.first_column);
+    // Meanwhile: T and P are zero above the diagonal, and so are inverses of its blocks.
     for (int i = threadIdx.x; i < (sizeof(sm.squares) + sizeof(sm.triangles)) / 16; i += kBlockThreads)
         reinterpret_cast<uint4*>(sm.squares)[i] = make_uint4(0, 0, 0, 0);
     publish_to_engines();
-    ptx::wait_for_kernels_ahead();
-    Work work;
-    if (!find_work(p, work)) return;
-    if (warp == kAuxiliary) Mover(tiles, work, sm, 0).start();
-    if (kHasInitial && warp == kAuxiliary + 1 && lane == 0) initial_place(p, work).prefetch(work.first_column);
     if constexpr (kCluster == 2) meet_cluster();
     else __syncthreads();
     // Where warps want the same, the first ones get it: of these the others wait for all they do.
@@ -186,6 +187,8 @@ extern "C" __global__ void __cluster_dims__(kCluster, 1, 1) __launch_bounds__(kB
         const int column = work.first_column + (warp - kFirstWarp) * 16;
         State S;
         load_state(p, work, S, column, 0);
+        // Else part of what was loaded in two ways stays in local memory throughout the walk.
+        if constexpr (kFew || Neighbours::kExist) pin(S);
         Feed feed{sm};
         compute(work, feed, S);
         save_state(p, work, S, column, 0);

@@ -99,4 +99,4 @@ def _shared(K: int, columns: int) -> int:
     decays = CHUNK * (24 + 3 * 4)
     triangle = 10 * 512 + 4 * 324 * 4
     shared = _STAGES * (keys + decays) + _SLOTS * (values + 16 * 1024) + 2 * triangle
-    return shared + (5 * _STAGES + 4 * _SLOTS) * 8
+    return shared + (5 * _STAGES + 4 * _SLOTS + 1) * 8

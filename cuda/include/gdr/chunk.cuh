@@ -214,6 +214,24 @@ __device__ __forceinline__ Segment find_segment(const Params& p, int row) {
     return s;
 }
 
+// Of every 32 sequences the one with a number, counted from the longest. What blocks that run in this order leave to the
+// end is short. Every lane of a warp calls it.
+__device__ __forceinline__ Segment find_longest(const Params& p, int number) {
+    if constexpr (!kVarlen) return find_segment(p, number);
+    const int lane = threadIdx.x % 32, first = number / 32 * 32, count = min(p.N - first, 32);
+    Sequence seq = {0, 0, 0, 0, -1};
+    if (lane < count) seq = find_sequence(p, first + lane);
+    int before = 0;
+    for (int other = 0; other < count; ++other) {
+        const int chunks = __shfl_sync(0xffffffffu, seq.chunks, other);
+        before += chunks > seq.chunks || chunks == seq.chunks && other < lane;
+    }
+    const int found = __ffs(__ballot_sync(0xffffffffu, lane < count && before == number % 32)) - 1;
+    const auto of_found = [&](auto x) { return __shfl_sync(0xffffffffu, x, found); };
+    seq = {0, of_found(seq.first), of_found(seq.length), of_found(seq.chunk), of_found(seq.chunks)};
+    return {first + found, seq, 0, seq.chunks};
+}
+
 __device__ __forceinline__ const char* token_row(const void* base, const TokenStrides& s, const Sequence& seq, i64 t,
                                                  int head) {
     return at(base, kQkv, seq.batch * s.batch + (seq.first + t) * s.token + head * s.head);

@@ -52,6 +52,7 @@ struct Shared {
     // In a cluster: both walks are done with K, Q and the decays; the other block has what this one copied there.
     Barrier keys_empty[kStages], keys_copied[kStages];
     Barrier squares_empty[kSlots];  // the other block's walk is done with T and P: more can be copied there
+    Barrier tail_come;              // the values of a last chunk that is not whole, and what follows them
 };
 
 // The block's number in its cluster.
@@ -70,6 +71,7 @@ __device__ __forceinline__ void init_barriers(Shared& sm) {
         sm.inverted[i].init(kAuxiliary), sm.squares_empty[i].init(1);
         sm.squares_full[i].init((finds_T(rank) ? kSolvers : 0) + (finds_P(rank) ? kAuxiliary : 0) + kOneHead);
     }
+    sm.tail_come.init(1);
     Barrier::publish_inits();
 }
 

@@ -170,20 +170,23 @@ struct Mover {
     // Of values and outputs one warp has all tokens; where the copy engine can not move them, each has 16.
     static constexpr int kTokens = kAligned ? kC : kC / kMovers;
 
-    __device__ __forceinline__ void bring_values(int chunk, char* values, Barrier& full) const {
-        const int lane = threadIdx.x % 32, first = kAligned ? 0 : mover * kTokens, tokens = this->tokens(chunk);
-        if (kAligned && tokens == kC) {
+    __device__ __forceinline__ void bring_values(int chunk) const {
+        const int lane = threadIdx.x % 32, slot = chunk % kSlots, tokens = this->tokens(chunk);
+        const u32 values = shared_address(sm.values[slot]);
+        Barrier& full = sm.values_full[slot];
+        if constexpr (kAligned) {
             if (lane != 0) return;
-            full.arrive_expect(sizeof(sm.values[0]));
+            Barrier& come = tokens == kC ? full : sm.tail_come;
+            come.arrive_expect(sizeof(sm.values[0]));
 #pragma unroll
             for (int i = 0; i < kColumns / 64; ++i) {
                 TilePlace at = values_at;
                 at.column += i * 64, at.token += chunk * kC;
-                copy_tile(shared_address(values) + value_offset(0, i * 64), tiles.v, at, full);
+                copy_tile(values + value_offset(0, i * 64), tiles.v, at, come);
             }
             return;
         }
-        // What follows the sequence's last token may be anything: zeros are there instead.
+        const int first = mover * kTokens;
         const char* from = find(p.v, p.v_strides, values_at, chunk);
 #pragma unroll 1
         for (int t = first + lane / 8; t < first + kTokens; t += 4) {
@@ -191,11 +194,26 @@ struct Mover {
             for (int i = 0; i < kColumns / 64; ++i) {
                 u32 words[4];
                 load_chunk<kQkv, 8, kAligned>(from + (t * v_step + lane % 8 * 16), i * 64, t < tokens ? 8 : 0, words);
-                store_shared16(shared_address(values) + value_offset(t, i * 64 + lane % 8 * 8), words);
+                store_shared16(values + value_offset(t, i * 64 + lane % 8 * 8), words);
             }
         }
         __syncwarp();
         if (lane == 0) full.arrive();
+    }
+    // What follows the sequence's last token may be anything: once the last chunk's values have come, zeros are there
+    // instead.
+    __device__ __forceinline__ void clear_tail() const {
+        const int lane = threadIdx.x % 32, slot = (chunks - 1) % kSlots;
+        sm.tail_come.wait(0);
+#pragma unroll 1
+        for (int t = tail + lane / 8; t < kC; t += 4) {
+            const u32 zeros[4] = {};
+#pragma unroll
+            for (int i = 0; i < kColumns / 64; ++i)
+                store_shared16(shared_address(sm.values[slot]) + value_offset(t, i * 64 + lane % 8 * 8), zeros);
+        }
+        __syncwarp();
+        if (lane == 0) sm.values_full[slot].arrive();
     }
     // Stores a chunk's outputs; their place is free once wait_bulk_stores_read has returned in lane 0.
     template <bool kWhole>
@@ -265,7 +283,7 @@ struct Mover {
         for (int chunk = 0; chunk < min(chunks, kSlots); ++chunk) let_squares_come(chunk);
         if (!kAligned || chunks == 0) return;
         bring_keys(0, shared_address(sm.keys[0]), sm.tokens_full[0]);
-        bring_values(0, sm.values[0], sm.values_full[0]);
+        bring_values(0);
     }
 
     // In round i, K and Q of chunk i are asked for, and those of the chunk before have come. The walk is done with chunk
@@ -289,8 +307,8 @@ struct Mover {
                     if (threadIdx.x % 32 == 0) wait_bulk_stores_read();
                     __syncwarp();
                 }
-                if (again) bring_values(i - kSlots, sm.values[slot], sm.values_full[slot]);
-                else if (!started && i < min(chunks, kSlots)) bring_values(i, sm.values[slot], sm.values_full[slot]);
+                if (again) bring_values(i - kSlots);
+                else if (!started && i < min(chunks, kSlots)) bring_values(i);
             }
             if (role == kKeysRole && !started && i < chunks) {
                 if (kAligned && again) wait_done(i - kStages);
@@ -329,6 +347,8 @@ struct Mover {
                 }
             }
         }
+        // By the warp that had nothing to do in the last round.
+        if (kAligned && chunks > 0 && tail < kC && ((mover - chunks - 1) & (kMovers - 1)) == kDecaysRole) clear_tail();
 #pragma unroll 1
         for (int chunk = max(chunks - 2, 0); chunk < chunks; ++chunk) {
             if (kAligned && ((mover - chunk) & (kMovers - 1)) != kValuesRole) continue;

@@ -219,12 +219,15 @@ __device__ __forceinline__ i64 slot_after(const Params& p, int n) {
     return kHasFinal ? find_slot(p.final_slots, p.final_slots_wide, p.final_rows, n) : n;
 }
 
-// False where nothing is left to do. Blocks go by columns of a value head, value heads of a segment, segments.
-__device__ __forceinline__ bool find_work(const Params& p, Work& work) {
+// Which columns and value head a block has, and the row of its segment: blocks go by these, in this order.
+__device__ __forceinline__ void find_block(const Params& p, Work& work) {
     const int heads = p.H * p.group;
     work.hv = blockIdx.x / kBlocks % heads, work.first_column = blockIdx.x % kBlocks * kColumns;
     work.row = blockIdx.x / (kBlocks * heads);
-    const Segment segment = find_segment(p, work.row);
+}
+
+// The rest. False where nothing is left to do.
+__device__ __forceinline__ bool find_work(const Params& p, Work& work, const Segment& segment) {
     if (segment.n < 0) return false;
     work.n = segment.n;
     work.seq = segment.seq;
@@ -241,6 +244,10 @@ __device__ __forceinline__ bool find_work(const Params& p, Work& work) {
     if (kCompose && work.ends) return false;
     work.value_step = p.v_strides.token * kValueBytes, work.output_step = p.out_strides.token * kValueBytes;
     return true;
+}
+__device__ __forceinline__ bool find_work(const Params& p, Work& work) {
+    find_block(p, work);
+    return find_work(p, work, find_segment(p, work.row));
 }
 
 // Where this thread's piece of the first chunk's values begins, and where it stores its first outputs.
