@@ -70,13 +70,14 @@ class Cut(NamedTuple):
 
     tile: Tile
     segment: int = 0  # chunks of a segment; 0 for sequences as they are
+    map_columns: int = 0  # of a block of the walk that finds the maps of segments
     fused: bool = False  # one kernel does all: chunk_fused_sm90
     beside: int = 0  # blocks of chunk_prepare that run beside the walk; 0 where it runs ahead
 
     @property
     def compose(self) -> Tile:
         """How the walk that finds the maps of segments divides them."""
-        return self.tile._replace(compose=True)
+        return self.tile._replace(columns=self.map_columns, compose=True)
 
 
 class Plan:
@@ -172,8 +173,11 @@ def choose(spec: Spec, gpu: Gpu, batch_invariant: bool) -> Cut | _cuda_chunk_f32
         return f"chunks need V to be a multiple of 16, and it is {spec.V}"
     if not spec.N * spec.HV:
         return "there are no states"
-    # The two forms round differently, and the mean length is the batch's. Chunks of float32 take longer.
-    fewest = CHUNK_FROM["cuda"] * (2 if spec.dtype == "float32" else 1)
+    # The two forms round differently, and the mean length is the batch's. Chunks of float32 take longer, even more so
+    # where there is no room for all states at a time.
+    fewest = CHUNK_FROM["cuda"]
+    if spec.dtype == "float32":
+        fewest = fewest * 3 // (2 if 0.75 * gpu.multiprocessors > spec.N * spec.HV else 1)
     if fewest * spec.N > spec.B * spec.T and not batch_invariant:
         return f"sequences of fewer than {fewest} tokens are done sooner so"
     chosen = _cuda_chunk_f32.pick_tile(spec, gpu) if spec.dtype == "float32" else pick_cut(spec, batch_invariant, gpu)
@@ -257,61 +261,81 @@ def _cuts_by_warpgroups(spec: Spec, batch_invariant: bool, gpu: Gpu) -> Iterator
         beside = _blocks_beside(spec, columns, gpu)
         if beside:
             yield Cut(tile, beside=beside)
-        if batch_invariant or columns < widest or (spec.V + align(spec.K, 64)) % columns:
+        if batch_invariant:
             continue
-        for segment in (4, 8, 16, 32, 64, 128, 256):
-            if 3 * segment * spec.N <= chunks:
-                yield Cut(tile, segment)
+        map_columns = 64 if (spec.V + align(spec.K, 64)) % widest else widest
+        for count in (2, 3, 4, 5, 6, 7, 8, 10, 12, 16, 20, 24, 32, 48, 64, 96, 128):
+            segment = -(-chunks // (count * spec.N))
+            if segment >= 4:
+                yield Cut(tile, segment, map_columns)
 
 
 # Measured on an H100, by columns: microseconds a chunk of walks that few blocks do, and of composing ones; bytes a
 # microsecond of walks on all processors.
-_WALK_LATENCY, _COMPOSE_LATENCY, _BANDWIDTH = {64: 0.95, 128: 1.5}, {64: 0.8, 128: 1.05}, {64: 2.35e6, 128: 2.6e6}
+_WALK_LATENCY, _COMPOSE_LATENCY, _BANDWIDTH = {64: 0.95, 128: 1.5}, {64: 0.8, 128: 1.0}, {64: 2.5e6, 128: 2.6e6}
+# Bytes that chunk_prepare moves in a microsecond.
+_PREPARE_BANDWIDTH = 2.4e6
 
 
-# The same of the one kernel: microseconds of a chunk, where two blocks share a head's work and where not, and until a
-# block's first one is there. Bytes that chunk_prepare moves in a microsecond.
-_FUSED_LATENCY, _FUSED_START, _PREPARE_BANDWIDTH = {True: 1.56, False: 2.8}, 15, 2.6e6
+# The same of the one kernel, where two blocks share a head's work and where not: microseconds of a chunk, and of a
+# block besides; by columns, how much of a round of blocks the last one adds. By how much the longest of two packed
+# sequences is longer than their mean.
+_FUSED_LATENCY, _FUSED_START = {True: 1.62, False: 2.58}, {True: 8, False: 11.5}
+_FUSED_REST, _UNEVEN = {64: 0.23, 128: 0.45}, 0.4
 
 
 # Of both beside each other: microseconds of a call besides its chunks, of a chunk's walk by blocks of 64 columns, and
 # of what a group of chunk_prepare does at a time, besides and for each of its value heads; bytes a microsecond.
-_BESIDE_START, _BESIDE_LATENCY, _PIECE, _PIECE_HEAD, _BESIDE_BANDWIDTH = 18, 1.02, 8, 1.55, 2.05e6
+_BESIDE_START, _BESIDE_LATENCY, _PIECE, _PIECE_HEAD, _BESIDE_BANDWIDTH = 18, 1.02, 8, 1.55, 2.15e6
 
 
 def _estimate(spec: Spec, cut: Cut, gpu: Gpu) -> float:
     """Microseconds of a call, as if all sequences were of one length, or nearly so."""
-    chunks = -(-count_chunks(spec) // spec.N)
     if cut.fused:
-        waves = spec.N * spec.HV * (spec.V // cut.tile.columns) / gpu.multiprocessors
-        latency = _FUSED_LATENCY[spec.V // cut.tile.columns % 2 == 0]
-        # Of few packed sequences one is longer, and the blocks of others come where those of shorter ones were.
-        packed = spec.varlen and spec.N > 1
-        steps = max(chunks * (1 + 0.3 / (spec.N - 1)), chunks * waves) if packed else chunks * ceil(waves)
-        return ceil(waves) * _FUSED_START + steps * latency
+        return _estimate_fused(spec, cut.tile.columns, gpu)
+    chunks = -(-count_chunks(spec) // spec.N)
     if cut.beside:
         prepared = count_chunks(spec) * _prepare_time(spec) / cut.beside
         return _BESIDE_START + max(chunks * _time_beside(spec), prepared)
-    segments = -(-chunks // cut.segment) if cut.segment else 1
-    columns, steps = cut.tile.columns, cut.segment or chunks
+    steps, mapped = cut.segment or chunks, float(spec.N)
+    segments = mapped * (-(-chunks // cut.segment) if cut.segment else 1)
+    if cut.segment and spec.varlen and spec.N > 1:  # there are shorter ones, which share processors
+        segments, mapped = count_chunks(spec) / cut.segment, spec.N / 2
     key_tile = _key_tile(spec.K) / (spec.HV // spec.H)
     values = 2 * CHUNK * spec.V
 
-    def walk(segments: int, all_columns: int, latency: float, bytes_a_chunk: float) -> float:
+    def walk(segments: float, all_columns: int, columns: int, latency: float, bytes_a_chunk: float) -> float:
         if spec.N > 1 and columns == 128:
             latency *= 1.1  # with few blocks a sequence, one longer than the others takes longer
-        blocks = spec.N * spec.HV * segments * (all_columns // columns)
-        waves = -(-blocks // gpu.multiprocessors)
+        blocks = segments * spec.HV * (all_columns // columns)
+        waves = ceil(blocks / gpu.multiprocessors)
         heads = min(blocks, gpu.multiprocessors) * columns / all_columns
-        return 7 + waves * steps * max(latency, heads * bytes_a_chunk / _BANDWIDTH[columns])
+        return 6.5 + waves * steps * max(latency, heads * bytes_a_chunk / _BANDWIDTH[columns])
 
     prepared = 4 * CHUNK * spec.K * spec.H + 2 * _key_tile(spec.K) * spec.H + _HEAD_TILE * spec.HV
     total = 1 + count_chunks(spec) * prepared / _PREPARE_BANDWIDTH
-    total += walk(segments, spec.V, _WALK_LATENCY[columns], 2 * key_tile + _HEAD_TILE + 2 * values)
+    columns = cut.tile.columns
+    total += walk(segments, spec.V, columns, _WALK_LATENCY[columns], 2 * key_tile + _HEAD_TILE + 2 * values)
     if cut.segment:
+        columns = cut.map_columns
         all_columns, bytes_a_chunk = spec.V + align(spec.K, 64), key_tile + _HEAD_TILE / 2 + values
-        total += walk(segments - 1, all_columns, _COMPOSE_LATENCY[columns], bytes_a_chunk) + 2 * segments
+        total += walk(segments - mapped, all_columns, columns, _COMPOSE_LATENCY[columns], bytes_a_chunk)
+        total += 1.75 * segments / spec.N
     return total
+
+
+def _estimate_fused(spec: Spec, columns: int, gpu: Gpu) -> float:
+    """Microseconds of a call of the one kernel."""
+    shared = spec.V // columns % 2 == 0
+    start, latency = _FUSED_START[shared], _FUSED_LATENCY[shared]
+    waves = spec.N * spec.HV * (spec.V // columns) / gpu.multiprocessors
+    chunks = count_chunks(spec) / spec.N
+    if not spec.varlen or spec.N == 1:
+        return ceil(waves) * (start + chunks * latency)
+    chunks -= 0.5  # mean of what the lengths may be
+    longest = start + chunks * (1 + _UNEVEN / (spec.N - 1)) * latency
+    # It comes first, and blocks of the others where some have ended.
+    return max(longest, (waves + _FUSED_REST[columns]) * (start + chunks * latency) if waves > 1 else 0)
 
 
 def _blocks_beside(spec: Spec, columns: int, gpu: Gpu) -> int:

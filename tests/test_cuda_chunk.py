@@ -94,7 +94,7 @@ def test_lengths(T: int, dtype: str) -> None:
 
 
 @pytest.mark.usefixtures("kernels")
-@pytest.mark.parametrize("lengths", [[0, 1, 63, 0, 65, 64, 200, 0], [130], [3] * 70, [0, 1], [64, 128, 64]])
+@pytest.mark.parametrize("lengths", [[0, 1, 63, 0, 65, 64, 200, 0], [130], [*range(40)] * 2, [0, 1], [64, 128, 64]])
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 @pytest.mark.parametrize("layout", ["kv", "vk"])
 def test_packed_sequences(lengths: list[int], layout: str, dtype: str) -> None:
@@ -136,12 +136,14 @@ def test_tiles(tile: tuple[Any, ...], monkeypatch: pytest.MonkeyPatch) -> None:
     assert_chunk(make_inputs(B=1, T=333, H=1, HV=2, K=128, V=128, dtype="bfloat16"))
 
 
-@pytest.mark.parametrize("columns", [64, 128])
+@pytest.mark.parametrize("columns", [(64, 64), (64, 128), (128, 128)])
 @pytest.mark.parametrize("segment", [1, 2, 5])
 @pytest.mark.parametrize("lengths", [[64 * 20 + 7], [0, 3, 64 * 9, 0, 65, 64 * 5 + 1, 0], [128, 1]])
 @pytest.mark.parametrize("layout", ["kv", "vk"])
-def test_segments(columns: int, segment: int, lengths: list[int], layout: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    use(monkeypatch, cuda_chunk.Cut(cuda_chunk.Tile(columns, 1, 3, True), segment))
+def test_segments(
+    columns: tuple[int, int], segment: int, lengths: list[int], layout: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    use(monkeypatch, cuda_chunk.Cut(cuda_chunk.Tile(columns[0], 1, 3, True), segment, columns[1]))
     for gates in ("ordinary", "none"):
         x = make_inputs(lengths=lengths, H=1, HV=2, K=96, V=128, dtype="bfloat16", layout=layout, gates=gates)
         assert_chunk(x, state_layout=layout)
@@ -149,7 +151,7 @@ def test_segments(columns: int, segment: int, lengths: list[int], layout: str, m
 
 def test_segments_and_short_workspace(monkeypatch: pytest.MonkeyPatch) -> None:
     x = make_inputs(lengths=[64 * 30 + 5, 0, 64 * 11], H=1, HV=2, K=64, V=64, dtype="float16")
-    use(monkeypatch, cuda_chunk.Cut(cuda_chunk.Tile(64, 1, 3, True), 4))
+    use(monkeypatch, cuda_chunk.Cut(cuda_chunk.Tile(64, 1, 3, True), 4, 64))
     monkeypatch.setattr("gdr._cuda_chunk_call.MAX_WORKSPACE", 1 << 20)
     assert_chunk(x)
 

@@ -187,10 +187,11 @@ def test_explain_knows_the_flags_of_a_call(device: None) -> None:
     ("changes", "form"),
     [
         ({}, "chunkwise, 32 tokens a chunk"),
-        ({"T": 47}, "recurrent, token by token: sequences of fewer than 48 tokens are done sooner so"),
+        ({"T": 29}, "recurrent, token by token: sequences of fewer than 30 tokens are done sooner so"),
+        ({"B": 200, "T": 59}, "recurrent, token by token: sequences of fewer than 60 tokens are done sooner so"),
         (
-            {"T": 23, "dtype": "bfloat16"},
-            "recurrent, token by token: sequences of fewer than 24 tokens are done sooner so",
+            {"T": 19, "dtype": "bfloat16"},
+            "recurrent, token by token: sequences of fewer than 20 tokens are done sooner so",
         ),
         ({"V": 20}, "recurrent, token by token: chunks need V to be a multiple of 16, and it is 20"),
         ({"B": 0}, "recurrent, token by token: there are no states"),
@@ -241,9 +242,9 @@ def test_explain_names_the_kernels_of_a_ring(device: None) -> None:
     assert re.findall(r"kernel: (\w+)", prompt) == ["ring_fold", "fused_recurrent_vk"]
 
 
-@pytest.mark.parametrize(("columns", "K"), [(64, 64), (128, 128)])
-def test_segments(columns: int, K: int, device: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    cut = cuda_chunk.Cut(cuda_chunk.Tile(columns, 1, 3, True), 1)
+@pytest.mark.parametrize(("columns", "map_columns", "K"), [(64, 64, 64), (64, 128, 128), (128, 128, 128)])
+def test_segments(columns: int, map_columns: int, K: int, device: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    cut = cuda_chunk.Cut(cuda_chunk.Tile(columns, 1, 3, True), 1, map_columns)
     monkeypatch.setattr(cuda_chunk, "pick_cut", lambda *_: cut)
     x = make_inputs(lengths=[64 * 4 + 5, 0, 130], H=1, HV=1, K=K, V=128, dtype="float16", gates="slow")
     assert_rule("chunk_gated_delta_rule", x, 1e-3)
@@ -331,6 +332,12 @@ def test_fused(fused: None, layout: str, K: int) -> None:
     assert_rule("chunk_gated_delta_rule", x, 1e-3, state_layout=layout, use_qk_l2norm_in_kernel=True)
 
 
+def test_fused_with_many_sequences(fused: None) -> None:
+    """More than one warp puts in order; some of the same length."""
+    lengths = [0, *range(1, 20), *range(130, 118, -1), 1, 66, 1, 0, 65]
+    assert_chunk(make_inputs(lengths=lengths, H=1, HV=1, K=32, V=128, dtype="bfloat16"))
+
+
 @pytest.mark.parametrize(("H", "V"), [(1, 128), (3, 128), (1, 256)])
 def test_fused_with_a_key_head_for_each_value_head(fused: None, H: int, V: int) -> None:
     """No two blocks of all columns share K and Q, but two of half of them do, and what follows from these."""
@@ -391,14 +398,23 @@ def test_batches_that_fill_a_gpu_take_one_kernel() -> None:
         assert [stem for stem, _ in fixed] == ["chunk_prepare", "chunk_state_sm90"]
 
 
+@pytest.mark.parametrize(("tokens", "segments"), [(2048, 5), (8192, 8), (32768, 8)])
+def test_segments_of_a_long_sequence_fill_a_gpu_once(tokens: int, segments: int) -> None:
+    card = loader.Gpu(90, 132, 227 << 10, early=True)
+    spec = make_spec("chunk", B=1, T=tokens, H=2, HV=8, K=128, V=128)
+    cut = cuda_chunk.choose(spec, card, False)
+    assert isinstance(cut, cuda_chunk.Cut)
+    assert (cut.tile.columns, cut.map_columns, -(-tokens // 64 // cut.segment)) == (64, 128, segments)
+
+
 def test_long_sequences_are_prepared_beside_the_walk() -> None:
     card = loader.Gpu(90, 132, 227 << 10, early=True)
     shape = {"B": 1, "T": 8192, "H": 16, "HV": 32, "K": 128, "V": 128}
     for changes, gpu_, beside in (
-        ({}, card, 52),
+        ({}, card, 54),
         ({}, card._replace(early=False), 0),
         ({"H": 2, "HV": 8}, card, 0),
-        ({"H": 8, "HV": 16, "B": 2}, card, 52),
+        ({"H": 8, "HV": 16, "B": 2}, card, 54),
         ({"H": 1, "HV": 1, "sequences": 40}, card, 0),
     ):
         spec = make_spec("chunk", **{**shape, **changes})
