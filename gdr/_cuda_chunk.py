@@ -62,7 +62,7 @@ class Tile(NamedTuple):
             return self.stages * (align(stage, 128) + 16) + outputs + 16
         stage = align(2 * _key_tile(K) + _HEAD_TILE + CHUNK * self.columns * 2, 128)
         exchange = self.threads // 32 * 2 * 6144 if self.split == 2 else 0
-        return align(self.stages * (stage + 8), 16) + exchange
+        return align(self.stages * (stage + 8), 128) + exchange
 
 
 class Cut(NamedTuple):

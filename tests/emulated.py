@@ -118,7 +118,7 @@ class Kernel:
         assert self._library.size_of_params() == params.size
         assert 0 not in grid
         self._library.lie(self._lies)
-        wrong = self._library.run(params.buffer, *grid, block[0])
+        wrong = self._library.run(params.buffer, *grid, block[0], shared)
         assert wrong is None, f"{self.stem}: {wrong.decode()}"
 
 

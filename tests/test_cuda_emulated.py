@@ -671,6 +671,7 @@ extern "C" __global__ void __cluster_dims__(GDR_CLUSTER, 1, 1) __launch_bounds__
 """
 
 
+PAIRS_SHARED = 21 << 10  # bytes, at least its struct Shared
 MISTAKES = re.findall(r"k\w+", re.findall(r"enum Mistake {(.*)}", PAIRS)[0])
 
 
@@ -683,7 +684,7 @@ def test_blocks_of_a_cluster_reach_each_other(directory: Path) -> None:
     kernel, params = Kernel("pairs", build_pairs(directory)), loader.Params("QQi")
     got, copied, threads = np.zeros((2, 4, 512), np.uint32), np.full(4, 7, np.uint32), np.arange(512)
     params.pack(got.ctypes.data, copied.ctypes.data, MISTAKES.index("kNone"))
-    kernel.launch((4, 2, 1), (512, 1, 1), params, 0)
+    kernel.launch((4, 2, 1), (512, 1, 1), params, 0, PAIRS_SHARED)
     x = np.arange(2)[:, None, None] * 100000 + np.arange(4)[:, None] * 10000 + threads
     for _ in range(2):
         x = x + 2 * x[..., ::-1]
@@ -692,13 +693,15 @@ def test_blocks_of_a_cluster_reach_each_other(directory: Path) -> None:
     x[:, ::2] += 7
     assert (got == x).all()
 
+    with pytest.raises(AssertionError, match="pairs: writes beyond its shared memory"):
+        kernel.launch((4, 2, 1), (512, 1, 1), params, 0, 20 << 10)
     with pytest.raises(AssertionError, match="pairs: the grid's x is no multiple of the cluster's blocks"):
-        kernel.launch((3, 2, 1), (512, 1, 1), params, 0)
+        kernel.launch((3, 2, 1), (512, 1, 1), params, 0, PAIRS_SHARED)
     with pytest.raises(AssertionError, match="pairs: more threads than there are fibers"):
-        kernel.launch((2, 1, 1), (513, 1, 1), params, 0)
+        kernel.launch((2, 1, 1), (513, 1, 1), params, 0, PAIRS_SHARED)
     params.pack(got.ctypes.data, copied.ctypes.data, MISTAKES.index("kWaitsForever"))
     with pytest.raises(AssertionError, match="pairs: threads wait for each other"):
-        kernel.launch((2, 1, 1), (1, 1, 1), params, 0)
+        kernel.launch((2, 1, 1), (1, 1, 1), params, 0, PAIRS_SHARED)
 
 
 @pytest.mark.parametrize(
@@ -716,7 +719,8 @@ def test_mistakes_of_clusters_are_reported(mistake: str, message: str, directory
     """They end the process: hence another one."""
     params = loader.Params("QQi")
     params.pack(0, 0, MISTAKES.index(mistake))
-    run = "import ctypes, sys; ctypes.CDLL(sys.argv[1]).run(bytes.fromhex(sys.argv[2]), 2, 1, 1, 512)"
+    run = "import ctypes, sys; "
+    run += f"ctypes.CDLL(sys.argv[1]).run(bytes.fromhex(sys.argv[2]), 2, 1, 1, 512, {PAIRS_SHARED})"
     command = [sys.executable, "-c", run, build_pairs(directory)._name, params.buffer.raw.hex()]
     ended = subprocess.run(command, capture_output=True, text=True)
     assert ended.returncode < 0

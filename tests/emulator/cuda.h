@@ -85,6 +85,7 @@ struct Index {
 };
 inline Index threadIdx, blockIdx, gridDim, blockDim;
 inline char* shared;  // the dynamic shared memory of the block whose thread runs
+inline int shared_bytes;
 
 inline void let_others() { swapcontext(&fibers[current].context, &scheduler); }
 

@@ -29,11 +29,14 @@ static void run_thread() {
 extern "C" int size_of_params() { return sizeof params; }
 extern "C" void lie(bool whether) { lies = whether; }
 
+constexpr unsigned kUntouched = 0x7fff7fffu;  // NaN in every type
+
 // Starts a block of the cluster, whose first fiber is `first`.
 static void start(cluster::Block& block, char* memory, int first, int threads) {
     block = {threads};
-    std::fill_n(reinterpret_cast<unsigned*>(memory), kSharedBytes / 4, 0x7fff7fffu);  // NaN in every type
-    ASAN_POISON_MEMORY_REGION(memory + kSharedBytes, cluster::kStep - kSharedBytes);
+    ASAN_UNPOISON_MEMORY_REGION(memory, kSharedBytes);
+    std::fill_n(reinterpret_cast<unsigned*>(memory), kSharedBytes / 4, kUntouched);
+    ASAN_POISON_MEMORY_REGION(memory + shared_bytes, cluster::kStep - shared_bytes);
     for (int i = first; i < first + threads; ++i) {
         Fiber& f = fibers[i];
         f.stack.resize(kStack), f.done = f.waited = false;
@@ -42,6 +45,14 @@ static void start(cluster::Block& block, char* memory, int first, int threads) {
         f.context.uc_stack.ss_sp = f.stack.data(), f.context.uc_stack.ss_size = f.stack.size();
         makecontext(&f.context, run_thread, 0);
     }
+}
+
+// Whether a block left what lies beyond its shared memory as it was.
+static bool kept_within(const char* memory) {
+    ASAN_UNPOISON_MEMORY_REGION(memory, kSharedBytes);
+    const auto* words = reinterpret_cast<const unsigned*>(memory);
+    return std::all_of(words + (shared_bytes + 3) / 4, words + kSharedBytes / 4,
+                       [](unsigned x) { return x == kUntouched; });
 }
 
 // The cluster whose first block is blockIdx; whether it ends.
@@ -67,7 +78,9 @@ static bool run_cluster(int threads) {
 }
 
 // What went wrong, or null.
-extern "C" const char* run(const void* arguments, int blocks_x, int blocks_y, int blocks_z, int threads) {
+extern "C" const char* run(const void* arguments, int blocks_x, int blocks_y, int blocks_z, int threads, int shared) {
+    if (shared > kSharedBytes) return "more shared memory than a block has";
+    shared_bytes = shared;
     if (blocks_x % kBlocksTogether) return "the grid's x is no multiple of the cluster's blocks";
     if ((threads + 31) / 32 * 32 * kBlocksTogether > kMostThreads) return "more threads than there are fibers";
     memcpy(&params, arguments, sizeof params);
@@ -76,7 +89,10 @@ extern "C" const char* run(const void* arguments, int blocks_x, int blocks_y, in
     cluster::count = kBlocksTogether;
     for (blockIdx.z = 0; blockIdx.z < gridDim.z; ++blockIdx.z)
         for (blockIdx.y = 0; blockIdx.y < gridDim.y; ++blockIdx.y)
-            for (blockIdx.x = 0; blockIdx.x < gridDim.x; blockIdx.x += kBlocksTogether)
+            for (blockIdx.x = 0; blockIdx.x < gridDim.x; blockIdx.x += kBlocksTogether) {
                 if (!run_cluster(threads)) return "threads wait for each other";
+                for (int b = 0; b < kBlocksTogether; ++b)
+                    if (!kept_within(cluster::memory + b * cluster::kStep)) return "writes beyond its shared memory";
+            }
     return nullptr;
 }

@@ -21,7 +21,7 @@ inline u32 address_in_block(u32 address, u32 block) {
 template <class T>
 T* at_cluster(u32 address) {
     const u32 there = address / cluster::kStep - 1, offset = address % cluster::kStep;
-    if (there >= static_cast<u32>(cluster::count) || offset % sizeof(T) || offset + sizeof(T) > kSharedBytes) {
+    if (there >= static_cast<u32>(cluster::count) || offset % sizeof(T) || offset + sizeof(T) > shared_bytes) {
         fprintf(stderr, "a cluster's shared memory: %zu bytes at %u\n", sizeof(T), address);
         abort();
     }

@@ -66,7 +66,7 @@ struct Tile {
 inline u32 shared_address(const void* x) { return static_cast<u32>(static_cast<const char*>(x) - shared); }
 template <class T>
 T* at_shared(u32 address) {
-    if (address % sizeof(T) || address + sizeof(T) > kSharedBytes) {
+    if (address % sizeof(T) || address + sizeof(T) > shared_bytes) {
         fprintf(stderr, "shared memory: %zu bytes at %u\n", sizeof(T), address);
         abort();
     }
