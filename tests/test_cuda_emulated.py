@@ -334,7 +334,7 @@ def test_fused(fused: None, layout: str, K: int) -> None:
 
 def test_fused_with_many_sequences(fused: None) -> None:
     """More than one warp puts in order; some of the same length."""
-    lengths = [0, *range(1, 20), *range(130, 118, -1), 1, 66, 1, 0, 65]
+    lengths = [0, *range(1, 30), 66, 130, 1, 0, 66]
     assert_chunk(make_inputs(lengths=lengths, H=1, HV=1, K=32, V=128, dtype="bfloat16"))
 
 

@@ -3,7 +3,6 @@ change."""
 
 from __future__ import annotations
 
-import statistics
 import time
 import warnings
 
@@ -795,7 +794,7 @@ def test_much_faster_than_the_loops_of_the_reference(host):
         reference.fused_sigmoid_gating_delta_rule_update(*raw(x), x.state, x.slots)
 
     production(), loops()
-    # The two take turns, so that whatever else the machine does slows both.
-    pairs = [(seconds(loops), seconds(production)) for _ in range(60)]
-    ratio = statistics.median(slow for slow, _ in pairs) / statistics.median(fast for _, fast in pairs)
+    # The two take turns, and the fastest of each counts, so that whatever else the machine does slows neither.
+    slow, fast = zip(*((seconds(loops), seconds(production)) for _ in range(60)))
+    ratio = min(slow) / min(fast)
     assert ratio >= least, f"{ratio:.2f} times as fast"
