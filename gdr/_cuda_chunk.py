@@ -91,7 +91,7 @@ class Plan:
         self.chunks = count_chunks(spec)
         keys = align(spec.K, 64)
         self.key_tiles = spec.H * 2 * _key_tile(spec.K)
-        per_chunk = self.key_tiles + spec.HV * (_HEAD_TILE + (_FLAGS if cut.beside else 0))
+        per_chunk = _tile_bytes(spec) + (spec.HV * _FLAGS if cut.beside else 0)
         map_bytes = spec.HV * (spec.V + keys) * keys * 4
         if cut.segment:
             per_chunk += -(-map_bytes // cut.segment)
@@ -115,7 +115,7 @@ class Plan:
         if cut.beside:
             self.prepare_threads, self.prepare_shared = _GROUPS * 128, _GROUPS * self.prepare_shared + _ORDER
             self.flags = align(_FLAGS * self.at_once * spec.H * self.prepare_parts, 128)
-        self.workspace = self.at_once * (self.key_tiles + spec.HV * _HEAD_TILE) + self.flags + self.maps
+        self.workspace = self.at_once * _tile_bytes(spec) + self.flags + self.maps
         self.workspace += 2 * self.carried
         # Kernels after chunk_prepare, in order: blocks, threads, shared memory.
         tile, compose = cut.tile, cut.compose
@@ -174,7 +174,7 @@ def choose(spec: Spec, gpu: Gpu, batch_invariant: bool) -> Cut | _cuda_chunk_f32
     if not spec.N * spec.HV:
         return "there are no states"
     # The two forms round differently, and the mean length is the batch's. Chunks of float32 take longer, even more so
-    # where there is no room for all states at a time.
+    # where states take three quarters of the processors.
     fewest = CHUNK_FROM["cuda"]
     if spec.dtype == "float32":
         fewest = fewest * 3 // (2 if 0.75 * gpu.multiprocessors > spec.N * spec.HV else 1)
@@ -264,8 +264,9 @@ def _cuts_by_warpgroups(spec: Spec, batch_invariant: bool, gpu: Gpu) -> Iterator
         if batch_invariant:
             continue
         map_columns = 64 if (spec.V + align(spec.K, 64)) % widest else widest
+        at_once = min(chunks, _cuda_chunk_call.MAX_WORKSPACE // _tile_bytes(spec))
         for count in (2, 3, 4, 5, 6, 7, 8, 10, 12, 16, 20, 24, 32, 48, 64, 96, 128):
-            segment = -(-chunks // (count * spec.N))
+            segment = -(-at_once // (count * spec.N))
             if segment >= 4:
                 yield Cut(tile, segment, map_columns)
 
@@ -290,17 +291,18 @@ _BESIDE_START, _BESIDE_LATENCY, _PIECE, _PIECE_HEAD, _BESIDE_BANDWIDTH = 18, 1.0
 
 
 def _estimate(spec: Spec, cut: Cut, gpu: Gpu) -> float:
-    """Microseconds of a call, as if all sequences were of one length, or nearly so."""
+    """Microseconds of a call, as if all sequences were of one length; packed ones somewhat uneven."""
     if cut.fused:
         return _estimate_fused(spec, cut.tile.columns, gpu)
     chunks = -(-count_chunks(spec) // spec.N)
     if cut.beside:
         prepared = count_chunks(spec) * _prepare_time(spec) / cut.beside
         return _BESIDE_START + max(chunks * _time_beside(spec), prepared)
-    steps, mapped = cut.segment or chunks, float(spec.N)
-    segments = mapped * (-(-chunks // cut.segment) if cut.segment else 1)
-    if cut.segment and spec.varlen and spec.N > 1:  # there are shorter ones, which share processors
-        segments, mapped = count_chunks(spec) / cut.segment, spec.N / 2
+    steps, without_map = cut.segment or chunks, float(spec.N)  # the last segment of each sequence
+    segments = without_map * (-(-chunks // cut.segment) if cut.segment else 1)
+    if cut.segment and spec.varlen and spec.N > 1:
+        # Packed ones begin and end within segments. Counted by their chunks, the last is half of one.
+        segments, without_map = count_chunks(spec) / cut.segment, spec.N / 2
     key_tile = _key_tile(spec.K) / (spec.HV // spec.H)
     values = 2 * CHUNK * spec.V
 
@@ -319,7 +321,7 @@ def _estimate(spec: Spec, cut: Cut, gpu: Gpu) -> float:
     if cut.segment:
         columns = cut.map_columns
         all_columns, bytes_a_chunk = spec.V + align(spec.K, 64), key_tile + _HEAD_TILE / 2 + values
-        total += walk(segments - mapped, all_columns, columns, _COMPOSE_LATENCY[columns], bytes_a_chunk)
+        total += walk(segments - without_map, all_columns, columns, _COMPOSE_LATENCY[columns], bytes_a_chunk)
         total += 1.75 * segments / spec.N
     return total
 
@@ -395,6 +397,11 @@ def _specialize(
 
 def _key_tile(K: int) -> int:
     return CHUNK * align(K, 64) * 2
+
+
+def _tile_bytes(spec: Spec) -> int:
+    """Bytes that chunk_prepare leaves of a chunk."""
+    return spec.H * 2 * _key_tile(spec.K) + spec.HV * _HEAD_TILE
 
 
 def _prepare_shared(K: int) -> int:

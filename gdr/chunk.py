@@ -92,8 +92,8 @@ def chunk_gated_delta_rule(
     The WY form of Yang et al. (arXiv:2406.06484) with the decay of arXiv:2412.06464; keywords are
     flash-linear-attention's.  Decays enter as exponentials of differences, never of a positive number.
 
-    On CUDA, sequences of fewer than 20 tokens on average (30 or 60 in float32) run token by token, which is then
-    faster, unless `batch_invariant` is set; `gdr.explain` tells.
+    On CUDA, sequences of fewer than 20 tokens on average (in float32 30, or 60 where states fill the GPU) run token by
+    token, which is then faster, unless `batch_invariant` is set; `gdr.explain` tells.
 
     Examples
     --------

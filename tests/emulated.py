@@ -41,7 +41,7 @@ from gdr.testing import Inputs
 
 HERE = Path(__file__).resolve().parent / "emulator"
 COMPILER = shutil.which("g++")
-OPTIMIZE = ["-O2"]
+OPTIMIZE = ["-O1"]  # compiling takes longer than running
 if os.environ.get("GDR_SANITIZE") == "1":
     OPTIMIZE = ["-O1", "-g", "-fno-omit-frame-pointer", "-fsanitize=address,undefined"]
     OPTIMIZE += ["-fno-sanitize-recover=all"]

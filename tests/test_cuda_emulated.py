@@ -248,6 +248,9 @@ def test_segments(columns: int, map_columns: int, K: int, device: None, monkeypa
     monkeypatch.setattr(cuda_chunk, "pick_cut", lambda *_: cut)
     x = make_inputs(lengths=[64 * 4 + 5, 0, 130], H=1, HV=1, K=K, V=128, dtype="float16", gates="slow")
     assert_rule("chunk_gated_delta_rule", x, 1e-3)
+    monkeypatch.setattr("gdr._cuda_chunk_call.MAX_WORKSPACE", 1 << 19)  # states are carried from part to part
+    _inputs.forget()
+    assert_rule("chunk_gated_delta_rule", x, 1e-3)
 
 
 def run_chunk(there: Inputs, **options: Any) -> tuple[np.ndarray, np.ndarray]:
@@ -338,6 +341,18 @@ def test_fused_with_many_sequences(fused: None) -> None:
     assert_chunk(make_inputs(lengths=lengths, H=1, HV=1, K=32, V=128, dtype="bfloat16"))
 
 
+def test_fused_keeps_sequences_apart(fused: None) -> None:
+    """What lies in memory behind a sequence does not show in it, not even where zeros would not hide it."""
+    x = make_inputs(lengths=[70, 65], H=1, HV=2, K=32, V=128, dtype="bfloat16")
+    o, h = run_chunk(to_device(x))
+    for operand in (x.q, x.k, x.v, x.g, x.beta):
+        operand[:, 70:] = np.nan
+    other_o, other_h = run_chunk(to_device(x))
+    assert_same_bits(other_o[:, :70], o[:, :70])
+    assert_same_bits(other_h[0], h[0])
+    assert np.isnan(other_h[1].astype(np.float32)).any()
+
+
 @pytest.mark.parametrize(("H", "V"), [(1, 128), (3, 128), (1, 256)])
 def test_fused_with_a_key_head_for_each_value_head(fused: None, H: int, V: int) -> None:
     """No two blocks of all columns share K and Q, but two of half of them do, and what follows from these."""
@@ -423,6 +438,16 @@ def test_long_sequences_are_prepared_beside_the_walk() -> None:
         assert cut.beside == beside
         kernels = cuda_chunk.specializations(spec, gpu_)
         assert {bool(defines.get("GDR_BESIDE")) for _, defines in kernels} == {beside > 0}
+
+
+@pytest.mark.parametrize(("H", "HV"), [(2, 8), (8, 16), (16, 16)])
+@pytest.mark.parametrize("tokens", [1 << 17, 1 << 20])
+def test_several_segments_fit_the_workspace(tokens: int, H: int, HV: int) -> None:
+    card = loader.Gpu(90, 132, 227 << 10)
+    cut = cuda_chunk.choose(make_spec("chunk", B=1, T=tokens, H=H, HV=HV, K=128, V=128), card, False)
+    assert isinstance(cut, cuda_chunk.Cut)
+    tiles = H * 2 * 64 * 128 * 2 + HV * (2 * 10 * 512 + 3 * 64 * 4)
+    assert 2 * cut.segment * tiles < (512 << 20) + 2 * tiles
 
 
 @pytest.mark.parametrize("layout", ["kv", "vk"])

@@ -84,8 +84,8 @@ struct Index {
     unsigned x, y, z;
 };
 inline Index threadIdx, blockIdx, gridDim, blockDim;
-inline char* shared;  // the dynamic shared memory of the block whose thread runs
-inline int shared_bytes;
+inline char* shared;      // the dynamic shared memory of the block whose thread runs
+inline int shared_bytes;  // of it, what the launch asked for
 
 inline void let_others() { swapcontext(&fibers[current].context, &scheduler); }
 
