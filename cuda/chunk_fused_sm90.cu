@@ -2,7 +2,7 @@
 // itself. Nothing but tokens, outputs and states passes through memory. It does the chunk's own work anew for each value
 // head and block of columns, so it is for calls whose sequences and heads nearly fill the GPU.
 //
-// A block has some columns of one value head of one sequence; longer ones come first. Of its warpgroups
+// A block has some columns of one value head of one sequence; of packed ones, see find_longest. Of its warpgroups
 //     one for each 64 columns walks from chunk to chunk with the state in registers;
 //     one, a chunk ahead of them, multiplies keys and queries and finds P and the inverses of T's diagonal blocks;
 //     one, two chunks ahead, makes operands of K and Q, finds the decays and the rest of T, and has the copy engine bring
