@@ -34,10 +34,6 @@ def _why_no_gpu() -> str | None:
         return f"no usable NVIDIA GPU: {error}"
 
 
-def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line("markers", "timing: compares run times; deselect with -m 'not timing'")
-
-
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     gpu_items = [item for item in items if item.get_closest_marker("gpu")]
     if not gpu_items:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import sys
@@ -40,7 +41,12 @@ class Ring(RingPool):
 
 @pytest.fixture(scope="session")
 def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("emulated")
+    root = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        root = root.parent  # of all workers
+    directory = root / "emulated"
+    directory.mkdir(exist_ok=True)
+    return directory
 
 
 @pytest.fixture(params=[80, 90])
@@ -718,8 +724,9 @@ def test_blocks_of_a_cluster_reach_each_other(directory: Path) -> None:
     x[:, ::2] += 7
     assert (got == x).all()
 
-    with pytest.raises(AssertionError, match="pairs: writes beyond its shared memory"):
-        kernel.launch((4, 2, 1), (512, 1, 1), params, 0, 20 << 10)
+    if os.environ.get("GDR_SANITIZE") != "1":  # with it the access ends the process
+        with pytest.raises(AssertionError, match="pairs: writes beyond its shared memory"):
+            kernel.launch((4, 2, 1), (512, 1, 1), params, 0, 20 << 10)
     with pytest.raises(AssertionError, match="pairs: the grid's x is no multiple of the cluster's blocks"):
         kernel.launch((3, 2, 1), (512, 1, 1), params, 0, PAIRS_SHARED)
     with pytest.raises(AssertionError, match="pairs: more threads than there are fibers"):

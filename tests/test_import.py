@@ -7,7 +7,6 @@ import importlib
 import inspect
 import os
 import pkgutil
-import statistics
 import subprocess
 import sys
 from importlib import resources
@@ -74,10 +73,11 @@ def run_python(code: str) -> str:
     return done.stdout
 
 
-def test_import_brings_no_heavy_library():
-    loaded = run_python("import sys, gdr; print(*{name.partition('.')[0] for name in sys.modules})").split()
-    assert "numpy" in loaded
-    assert not {"cupy", "cupyx", "torch", "jax", "matplotlib", "numba", "triton", "hypothesis", "tqdm"} & set(loaded)
+def test_import_brings_little():
+    code = "import sys, numpy; before = set(sys.modules); import gdr; print(*set(sys.modules) - before)"
+    brought = {name.partition(".")[0] for name in run_python(code).split()}
+    assert "gdr" in brought
+    assert brought - sys.stdlib_module_names <= {"gdr", "ml_dtypes", "threadpoolctl"}
 
 
 def test_using_the_host_brings_no_gpu_library():
@@ -91,13 +91,6 @@ s = gdr.DeltaRuleState(4, 2, 16, 16, A_log=x.A_log); s.step(x.q[:, :1], x.k[:, :
 print(*{name.partition('.')[0] for name in sys.modules})
 """  # noqa: E501
     assert not {"cupy", "cupyx", "torch", "jax", "matplotlib"} & set(run_python(code).split())
-
-
-@pytest.mark.timing
-def test_import_is_quick():
-    code = "import time, numpy; start = time.perf_counter(); import gdr; print(time.perf_counter() - start)"
-    run_python(code)  # writes the bytecode
-    assert statistics.median(float(run_python(code)) for _ in range(5)) < 0.2
 
 
 @pytest.mark.parametrize("name", list(POSITIONAL))

@@ -93,20 +93,6 @@ def test_readme_has_two_commands_and_links_to_what_exists():
     commands = "".join(_readme_blocks("sh")).splitlines()
     assert len(commands) == 2
     assert commands[0].endswith("gdr demo")
-    assert commands[1].endswith("python -m pytest")
+    assert commands[1].endswith("python -m pytest -n 2")
     for target in re.findall(r"\]\(([^)#:]+)\)", text):
         assert (ROOT / target).exists(), target
-
-
-def test_import_is_light():
-    code = (
-        "import sys, time, numpy; t = time.perf_counter(); import gdr; print(time.perf_counter() - t);"
-        "print(*{'cupy', 'torch', 'jax', 'matplotlib', 'numba'} & set(sys.modules))"
-    )
-    seconds = []
-    for _ in range(3):  # the best of three, on a machine that does other things as well
-        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-        took, heavy = done.stdout.split("\n")[:2]
-        assert heavy == ""
-        seconds.append(float(took))
-    assert min(seconds) < 0.2

@@ -1,7 +1,9 @@
 // As much of CUDA C++ as the kernels use, for one block at a time (or one cluster of them) on one thread of the host:
 // each of its threads is a fiber that runs until it waits for others.
 #pragma once
+#undef _FORTIFY_SOURCE  // it takes a jump from one fiber to another for a mistake
 
+#include <setjmp.h>
 #include <ucontext.h>
 
 #include <algorithm>
@@ -71,12 +73,12 @@ inline int __ffs(int x) { return __builtin_ffs(x); }
 constexpr int kMostThreads = 1024, kSharedBytes = 227 << 10;  // threads of all blocks at a time
 
 struct Fiber {
-    ucontext_t context;
+    jmp_buf place;
     std::vector<char> stack;
     bool done, waited;  // for the kernels ahead
 };
 inline Fiber fibers[kMostThreads];
-inline ucontext_t scheduler;
+inline jmp_buf scheduler;
 inline int current, live;
 inline bool lies;  // what peek4 sees is wrong now and then
 
@@ -87,7 +89,11 @@ inline Index threadIdx, blockIdx, gridDim, blockDim;
 inline char* shared;      // the dynamic shared memory of the block whose thread runs
 inline int shared_bytes;  // of it, what the launch asked for
 
-inline void let_others() { swapcontext(&fibers[current].context, &scheduler); }
+// Goes on at another place; not by swapcontext, which asks the kernel for the mask of signals each time.
+inline void go_on(jmp_buf& here, jmp_buf& there) {
+    if (!_setjmp(here)) _longjmp(there, 1);
+}
+inline void let_others() { go_on(fibers[current].place, scheduler); }
 
 struct Meeting {
     int arrived = 0;

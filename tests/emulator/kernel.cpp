@@ -1,5 +1,5 @@
 // Runs KERNEL of SOURCE, block after block, or cluster after cluster where SOURCE has a GDR_CLUSTER of blocks.
-#include "cuda.h"
+#include <cuda.h>  // precompiled, where there is such a one ahead
 #include SOURCE
 #ifdef GDR_CLUSTER
 constexpr int kBlocksTogether = GDR_CLUSTER;
@@ -23,13 +23,27 @@ static decltype(argument_of(KERNEL)) params;
 static void run_thread() {
     KERNEL(params);
     fibers[current].done = true, --live, --cluster::blocks[cluster::block].live;
-    swapcontext(&fibers[current].context, &scheduler);
+    let_others();
 }
 
 extern "C" int size_of_params() { return sizeof params; }
 extern "C" void lie(bool whether) { lies = whether; }
 
 constexpr unsigned kUntouched = 0x7fff7fffu;  // NaN in every type
+
+// Enters the current fiber on its stack, as far as the place from which it goes on.
+static ucontext_t outside, inside;
+static void first_steps() {
+    if (!_setjmp(fibers[current].place)) setcontext(&outside);
+    run_thread();
+}
+static void enter() {
+    Fiber& f = fibers[current];
+    getcontext(&inside);
+    inside.uc_stack.ss_sp = f.stack.data(), inside.uc_stack.ss_size = f.stack.size();
+    makecontext(&inside, first_steps, 0);
+    swapcontext(&outside, &inside);
+}
 
 // Starts a block of the cluster, whose first fiber is `first`.
 static void start(cluster::Block& block, char* memory, int first, int threads) {
@@ -41,9 +55,7 @@ static void start(cluster::Block& block, char* memory, int first, int threads) {
         Fiber& f = fibers[i];
         f.stack.resize(kStack), f.done = f.waited = false;
         ASAN_UNPOISON_MEMORY_REGION(f.stack.data(), kStack);  // a thread ends without leaving its frames
-        getcontext(&f.context);
-        f.context.uc_stack.ss_sp = f.stack.data(), f.context.uc_stack.ss_size = f.stack.size();
-        makecontext(&f.context, run_thread, 0);
+        current = i, enter();
     }
 }
 
@@ -69,7 +81,7 @@ static bool run_cluster(int threads) {
             cluster::block = b, blockIdx.x = first_block + b, shared = cluster::memory + b * cluster::kStep;
             for (threadIdx.x = 0; threadIdx.x < blockDim.x; ++threadIdx.x) {
                 current = b * step + threadIdx.x;
-                if (!fibers[current].done) swapcontext(&scheduler, &fibers[current].context);
+                if (!fibers[current].done) go_on(scheduler, fibers[current].place);
             }
         }
     }
