@@ -50,7 +50,9 @@ def run(call: Call) -> None:
         runner(call)
 
 
-def perform(form: Form, operands: tuple[Any, ...], options: tuple[Any, ...]) -> tuple[Any, Any]:
+def perform(
+    form: Form, operands: tuple[Any, ...], options: tuple[Any, ...], workspace: Any | None = None
+) -> tuple[Any, Any]:
     """Check and run a call; see `_inputs.recognize` for the arguments.
 
     Returns
@@ -61,11 +63,13 @@ def perform(form: Form, operands: tuple[Any, ...], options: tuple[Any, ...]) -> 
     checked = _inputs.recognize(form, operands, options)
     # Calls that were seen before, and need nothing of a `Call`, go from their operands to the launch.
     launch = checked.spec.plan.get("launch")
-    if launch is not None and not _thread.planning:
-        return launch(operands), None
+    if launch is not None and workspace is None and not _thread.planning:
+        return launch(operands)
     call = _inputs.describe_call(checked, form, operands)
+    if workspace is not None:
+        _inputs.check_workspace(call, workspace)
     run(call)
-    if checked.spec.native and not checked.checks_values and not checked.allocates_state:
+    if checked.spec.native and not checked.checks_values:
         launcher = getattr(module(checked.spec), "launcher", None)
         if launcher is not None:
             checked.spec.plan["launch"] = launcher(checked, form)

@@ -14,22 +14,18 @@ by _cuda_chunk_f32.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from functools import reduce
 from math import ceil
-from operator import or_
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from gdr import _arrays, _cuda_chunk_call, _cuda_chunk_f32, _cuda_chunk_fused, _cuda_fused_recurrent, _cuda_loader
+from gdr import _cuda_chunk_call, _cuda_chunk_f32, _cuda_chunk_fused, _cuda_fused_recurrent, _cuda_loader
 from gdr._backends import CHUNK_FROM
-from gdr._cuda_chunk_call import CHUNK, align, borrow_workspace, count_chunks, definitions, fix, params
-from gdr._cuda_fused_recurrent import Pointers
+from gdr._cuda_chunk_call import CHUNK, Part, align, count_chunks, definitions, fix
 from gdr._cuda_loader import Gpu, describe_gpu
-from gdr._inputs import Call, refuse_misaligned
-from gdr._spec import Spec
+from gdr._inputs import Call, Checked
+from gdr._spec import Form, Spec
 
-PARAMS = dict.fromkeys(("chunk_prepare", "chunk_state", "chunk_state_sm90", "chunk_combine"), params)
-PARAMS |= dict.fromkeys(("chunk_prepare_f32", "chunk_state_f32"), params)
-PARAMS |= {"chunk_fused_sm90": _cuda_chunk_fused.params}
+_STEMS = ("chunk_prepare", "chunk_state", "chunk_state_sm90", "chunk_combine", "chunk_prepare_f32", "chunk_state_f32")
+PARAMS = dict.fromkeys(_STEMS, _cuda_chunk_call.PARAMS) | {"chunk_fused_sm90": _cuda_chunk_fused.PARAMS}
 
 # Beside the walk: groups of a block of chunk_prepare, and the most sequences that it can order; bytes of the structs
 # PieceOrder and PieceFlags of chunk_beside.cuh.
@@ -80,84 +76,100 @@ class Cut(NamedTuple):
         return self.tile._replace(columns=self.map_columns, compose=True)
 
 
-class Plan:
+class Plan(_cuda_chunk_call.Plan):
     """What the calls with one signature share."""
 
     def __init__(self, call: Call, cut: Cut) -> None:
-        spec = self.spec = call.spec
-        self.cut, self.wide = cut, call.wide_range
-        self.pointers = Pointers(call)
+        super().__init__(call)
+        spec, self.cut = self.spec, cut
         gpu = describe_gpu(int(spec.device))
-        self.chunks = count_chunks(spec)
-        keys = align(spec.K, 64)
-        self.key_tiles = spec.H * 2 * _key_tile(spec.K)
+        chunks, keys = count_chunks(spec), align(spec.K, 64)
         per_chunk = _tile_bytes(spec) + (spec.HV * _FLAGS if cut.beside else 0)
         map_bytes = spec.HV * (spec.V + keys) * keys * 4
         if cut.segment:
             per_chunk += -(-map_bytes // cut.segment)
-        self.at_once = max(1, _cuda_chunk_call.MAX_WORKSPACE // per_chunk)
+        at_once = max(1, _cuda_chunk_call.MAX_WORKSPACE // per_chunk)
         if cut.segment:  # no segment lies on both sides of a part's end
-            self.at_once = max(1, self.at_once // cut.segment) * cut.segment
-        self.at_once = min(self.chunks, self.at_once)
-        self.rows = spec.N + (-(-self.at_once // cut.segment) if cut.segment else 0)
-        # Beside the tiles: maps of segments, and states between parts, those that one launch reads and those it writes.
-        self.maps = self.rows * map_bytes if cut.segment else 0
-        self.carried = 0 if self.at_once == self.chunks else spec.HV * keys * spec.V * 4
+            at_once = max(1, at_once // cut.segment) * cut.segment
+        at_once = min(chunks, at_once)
         group = spec.HV // spec.H
-        self.heads_per_block = min(group, 4)
-        while self.heads_per_block > 1 and (
-            self.at_once * spec.H * -(-group // self.heads_per_block) < 0.75 * gpu.multiprocessors
-        ):
-            self.heads_per_block = -(-self.heads_per_block // 2)
-        self.prepare_parts = -(-group // self.heads_per_block)
-        self.prepare_threads, self.prepare_shared = 128, _prepare_shared(spec.K)
-        self.flags = 0
+        heads = min(group, 4)  # of a block of chunk_prepare
+        while heads > 1 and at_once * spec.H * -(-group // heads) < 0.75 * gpu.multiprocessors:
+            heads = -(-heads // 2)
+        prepare_parts = -(-group // heads)
+        # The workspace: tiles of keys, of value heads, flags, maps of segments, and states between parts, those that
+        # one launch reads and those it writes.
+        rows = spec.N + (-(-at_once // cut.segment) if cut.segment else 0)
+        self.head_tiles = at_once * spec.H * 2 * _key_tile(spec.K)
+        self.maps = at_once * _tile_bytes(spec)
         if cut.beside:
-            self.prepare_threads, self.prepare_shared = _GROUPS * 128, _GROUPS * self.prepare_shared + _ORDER
-            self.flags = align(_FLAGS * self.at_once * spec.H * self.prepare_parts, 128)
-        self.workspace = self.at_once * _tile_bytes(spec) + self.flags + self.maps
-        self.workspace += 2 * self.carried
-        # Kernels after chunk_prepare, in order: blocks, threads, shared memory.
-        tile, compose = cut.tile, cut.compose
-        self.grids = [(self.rows * spec.HV * (spec.V // tile.columns), tile.threads, tile.shared(spec.K))]
-        if cut.segment:
-            columns = spec.V + keys
-            self.grids[:0] = [
-                (self.rows * spec.HV * (columns // compose.columns), compose.threads, compose.shared(spec.K)),
-                (spec.N * spec.HV * (spec.V // 8), keys * 2, 0),
-            ]
-        self.fixed = fix(spec, self.heads_per_block, cut.segment)
-        self.kernels: dict[bool, tuple[_cuda_loader.Kernel, ...]] = {}
+            self.maps += align(_FLAGS * at_once * spec.H * prepare_parts, 128)
+        states = self.maps + (rows * map_bytes if cut.segment else 0)
+        carried = 0 if at_once == chunks else spec.HV * keys * spec.V * 4
+        self.workspace = states + 2 * carried
 
-    def load(self, aligned: bool) -> tuple[_cuda_loader.Kernel, ...]:
+        tile, compose, shared = cut.tile, cut.compose, _prepare_shared(spec.K)
+        walks = [((rows * spec.HV * (spec.V // tile.columns), 1, 1), (tile.threads, 1, 1), tile.shared(spec.K))]
+        if cut.segment:
+            blocks = rows * spec.HV * ((spec.V + keys) // compose.columns)
+            walks[:0] = [
+                ((blocks, 1, 1), (compose.threads, 1, 1), compose.shared(spec.K)),
+                ((spec.N * spec.HV * (spec.V // 8), 1, 1), (keys * 2, 1, 1), 0),
+            ]
+        self.parts = []
+        for part, first in enumerate(range(0, chunks, at_once)):
+            last = min(first + at_once, chunks)
+            prepare = (spec.H, last - first, prepare_parts), (128, 1, 1), shared
+            if cut.beside:
+                prepare = (cut.beside, 1, 1), (_GROUPS * 128, 1, 1), _GROUPS * shared + _ORDER
+            ends = states + part % 2 * carried, states + (part + 1) % 2 * carried
+            self.parts.append(Part(first, last, *ends, [prepare, *walks] if spec.T else walks))
+        fixed = fix(spec, heads, cut.segment)
+        self.aligned = fixed.aligned
+        self.arguments = _cuda_loader.Arguments(_cuda_chunk_call.HEAD, _cuda_chunk_call.REST, fixed.values)
+        self.kernels: dict[bool, list[_cuda_loader.Kernel]] = {}
+
+    def load(self, aligned: bool) -> list[_cuda_loader.Kernel]:
         """Compile the kernels, once."""
-        kernels = self.kernels[aligned] = tuple(
+        kernels = self.kernels[aligned] = [
             _cuda_loader.load(stem, defines, int(self.spec.device))
-            for stem, defines in _specialize(self.spec, self.cut, aligned, self.wide)
-        )
+            for stem, defines in _specialize(self.spec, self.cut, aligned, self.wide)[0 if self.spec.T else 1 :]
+        ]
         return kernels
 
-    def run(self, call: Call) -> None:
-        """Fill ``call.out`` and ``call.final_state``."""
-        _run(call, self)
+    def start(self, pointers: tuple[int, ...], scratch: int, stream: int) -> None:
+        """Launch all kernels."""
+        q, k, v, out = pointers[:4]
+        aligned = not (q | k | v | out) & 15 and self.aligned
+        kernels = self.kernels.get(aligned) or self.load(aligned)
+        arguments, scalars = self.arguments, self.scalars
+        head_tiles, maps = scratch + self.head_tiles, scratch + self.maps
+        for first, last, read, written, launches in self.parts:
+            states = scratch + read, scratch + written
+            arguments.pack_head(*pointers, scratch, head_tiles, *states, maps, *scalars, first, last)
+            for kernel, (grid, block, shared) in zip(kernels, launches):
+                kernel.launch(grid, block, arguments, stream, shared)
 
 
 def run(call: Call) -> None:
     """Fill ``call.out`` and ``call.final_state``."""
-    plan = call.spec.plan
-    runner = plan.get("chunk")
-    if runner is None:
-        runner = plan["chunk"] = _runner(call)
-    runner(call)
+    plans = call.spec.plan
+    if "chunk" not in plans:
+        plans["chunk"] = make_plan(call)
+    plan = plans["chunk"]
+    if plan is None:
+        _cuda_fused_recurrent.run(call)
+    else:
+        plan.run(call)
 
 
-def _runner(call: Call) -> Callable[[Call], None]:
-    """What runs the calls with one signature."""
-    plan = make_plan(call)
-    return _cuda_fused_recurrent.run if plan is None else plan.run
+def launcher(checked: Checked, form: Form) -> Callable[[tuple[Any, ...]], tuple[Any, Any]]:
+    """What runs the calls that are like one that ran, from their operands in the order of `OPERANDS`."""
+    plan = checked.spec.plan["chunk"]
+    return (_cuda_fused_recurrent if plan is None else plan).launcher(checked, form)
 
 
-def make_plan(call: Call) -> Plan | _cuda_chunk_f32.Plan | _cuda_chunk_fused.Plan | None:
+def make_plan(call: Call) -> _cuda_chunk_call.Plan | None:
     """Plan a call; None where the fused recurrence runs instead."""
     chosen = choose(call.spec, describe_gpu(int(call.spec.device)), call.batch_invariant)
     if isinstance(chosen, Cut):
@@ -182,32 +194,6 @@ def choose(spec: Spec, gpu: Gpu, batch_invariant: bool) -> Cut | _cuda_chunk_f32
         return f"sequences of fewer than {fewest} tokens are done sooner so"
     chosen = _cuda_chunk_f32.pick_tile(spec, gpu) if spec.dtype == "float32" else pick_cut(spec, batch_invariant, gpu)
     return chosen or f"chunks of K={spec.K} need more shared memory than a block of this GPU has"
-
-
-def _run(call: Call, plan: Plan) -> None:
-    spec = call.spec
-    pointers = plan.pointers(call)
-    if reduce(or_, pointers) & 7:
-        refuse_misaligned(call)
-    q, k, v, out = pointers[:4]
-    aligned = not (q | k | v | out) & 15 and plan.fixed.aligned
-    prepare, *walks = plan.kernels.get(aligned) or plan.load(aligned)
-    stream = call.stream
-    workspace = borrow_workspace(call, plan.workspace, stream)  # a reference until all is launched
-    tiles = _arrays.pointer(workspace)
-    head_tiles = tiles + plan.at_once * plan.key_tiles
-    carried = tiles + plan.workspace - 2 * plan.carried
-    maps = carried - plan.maps
-    scalars = call.scale, call.softplus_beta, call.softplus_threshold
-    for part, first in enumerate(range(0, plan.chunks, plan.at_once)):
-        last = min(first + plan.at_once, plan.chunks)
-        read, written = carried + part % 2 * plan.carried, carried + (part + 1) % 2 * plan.carried
-        params.pack(*pointers, tiles, head_tiles, read, written, maps, *scalars, first, last, *plan.fixed.values)
-        if spec.T:
-            grid = (plan.cut.beside, 1, 1) if plan.cut.beside else (spec.H, last - first, plan.prepare_parts)
-            prepare.launch(grid, (plan.prepare_threads, 1, 1), params, stream, plan.prepare_shared)
-        for kernel, (blocks, threads, shared) in zip(walks, plan.grids):
-            kernel.launch((blocks, 1, 1), (threads, 1, 1), params, stream, shared)
 
 
 def scratch(call: Call) -> int:

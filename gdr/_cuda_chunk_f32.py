@@ -7,16 +7,14 @@ keys, follows from K and V alone: a sequence's bits never depend on the rest of 
 
 from __future__ import annotations
 
-from functools import reduce
-from operator import or_
 from typing import NamedTuple
 
-from gdr import _arrays, _cuda_chunk_call, _cuda_loader
+from gdr import _cuda_chunk_call, _cuda_loader
 from gdr._cuda_chunk_call import CHUNK_F32 as CHUNK
-from gdr._cuda_chunk_call import align, borrow_workspace, count_chunks, definitions, fix, params
-from gdr._cuda_fused_recurrent import LARGEST_GRID, Pointers
+from gdr._cuda_chunk_call import Part, align, count_chunks, definitions, fix
+from gdr._cuda_fused_recurrent import LARGEST_GRID
 from gdr._cuda_loader import Gpu
-from gdr._inputs import Call, refuse_misaligned
+from gdr._inputs import Call
 from gdr._spec import Spec
 
 _TILES = CHUNK // 8  # of tokens
@@ -42,54 +40,53 @@ class Tile(NamedTuple):
         return self.stages * (stage + 16) + exchange
 
 
-class Plan:
+class Plan(_cuda_chunk_call.Plan):
     """What the calls with one signature share."""
 
     def __init__(self, call: Call, tile: Tile) -> None:
-        spec = self.spec = call.spec
-        self.tile = tile
-        self.pointers = Pointers(call)
-        self.chunks = count_chunks(spec)
+        super().__init__(call)
+        spec, self.tile = self.spec, tile
+        chunks = count_chunks(spec)
         per_chunk = spec.HV * _HEAD_TILE
-        self.at_once = min(self.chunks, max(1, _cuda_chunk_call.MAX_WORKSPACE // per_chunk), LARGEST_GRID)
+        at_once = min(chunks, max(1, _cuda_chunk_call.MAX_WORKSPACE // per_chunk), LARGEST_GRID)
         # States between parts, those that one launch reads and those it writes.
-        self.carried = 0 if self.at_once == self.chunks else spec.HV * align(spec.K, 64) * spec.V * 4
-        self.workspace = self.at_once * per_chunk + 2 * self.carried
+        carried = 0 if at_once == chunks else spec.HV * align(spec.K, 64) * spec.V * 4
+        tiles = at_once * per_chunk
+        self.workspace = tiles + 2 * carried
         keys = 2 * max(_key_tile(spec.K), 2 * CHUNK * (CHUNK + 4) * 4)
-        self.prepare_shared = keys + 2 * CHUNK * (CHUNK + 8) * 4 + 2 * CHUNK * 4 + 4 * CHUNK * 16
-        self.blocks = spec.N * spec.HV * (spec.V // tile.columns)
-        self.fixed = fix(spec, spec.HV // spec.H, 0)
-        self.kernels: dict[bool, tuple[_cuda_loader.Kernel, ...]] = {}
+        prepare_shared = keys + 2 * CHUNK * (CHUNK + 8) * 4 + 2 * CHUNK * 4 + 4 * CHUNK * 16
+        blocks = spec.N * spec.HV * (spec.V // tile.columns)
+        walk = (blocks, 1, 1), (tile.threads, 1, 1), tile.shared(spec.K)
+        self.parts = []
+        for part, first in enumerate(range(0, chunks, at_once)):
+            last = min(first + at_once, chunks)
+            prepare = (spec.H, last - first, 1), (128, 1, 1), prepare_shared
+            states = tiles + part % 2 * carried, tiles + (part + 1) % 2 * carried
+            self.parts.append(Part(first, last, *states, [prepare, walk] if spec.T else [walk]))
+        fixed = fix(spec, spec.HV // spec.H, 0)
+        self.aligned = fixed.aligned
+        self.arguments = _cuda_loader.Arguments(_cuda_chunk_call.HEAD, _cuda_chunk_call.REST, fixed.values)
+        self.kernels: dict[bool, list[_cuda_loader.Kernel]] = {}
 
-    def load(self, aligned: bool) -> tuple[_cuda_loader.Kernel, ...]:
+    def load(self, aligned: bool) -> list[_cuda_loader.Kernel]:
         """Compile the kernels, once."""
-        kernels = self.kernels[aligned] = tuple(
+        kernels = self.kernels[aligned] = [
             _cuda_loader.load(stem, defines, int(self.spec.device))
-            for stem, defines in specialize(self.spec, self.tile, aligned)
-        )
+            for stem, defines in specialize(self.spec, self.tile, aligned)[0 if self.spec.T else 1 :]
+        ]
         return kernels
 
-    def run(self, call: Call) -> None:
-        """Fill ``call.out`` and ``call.final_state``."""
-        pointers = self.pointers(call)
-        if reduce(or_, pointers) & 7:
-            refuse_misaligned(call)
+    def start(self, pointers: tuple[int, ...], scratch: int, stream: int) -> None:
+        """Launch all kernels."""
         q, k, v = pointers[:3]
-        aligned = not (q | k | v) & 15 and self.fixed.aligned
-        prepare, walk = self.kernels.get(aligned) or self.load(aligned)
-        stream = call.stream
-        workspace = borrow_workspace(call, self.workspace, stream)  # a reference until all is launched
-        tiles = _arrays.pointer(workspace)
-        carried = tiles + self.workspace - 2 * self.carried
-        scalars = call.scale, call.softplus_beta, call.softplus_threshold
-        for part, first in enumerate(range(0, self.chunks, self.at_once)):
-            last = min(first + self.at_once, self.chunks)
-            read, written = carried + part % 2 * self.carried, carried + (part + 1) % 2 * self.carried
-            params.pack(*pointers, 0, tiles, read, written, 0, *scalars, first, last, *self.fixed.values)
-            if self.spec.T:
-                prepare.launch((self.spec.H, last - first, 1), (128, 1, 1), params, stream, self.prepare_shared)
-            shared = self.tile.shared(self.spec.K)
-            walk.launch((self.blocks, 1, 1), (self.tile.threads, 1, 1), params, stream, shared)
+        aligned = not (q | k | v) & 15 and self.aligned
+        kernels = self.kernels.get(aligned) or self.load(aligned)
+        arguments, scalars = self.arguments, self.scalars
+        for first, last, read, written, launches in self.parts:
+            states = scratch + read, scratch + written
+            arguments.pack_head(*pointers, 0, scratch, *states, 0, *scalars, first, last)
+            for kernel, (grid, block, shared) in zip(kernels, launches):
+                kernel.launch(grid, block, arguments, stream, shared)
 
 
 def pick_tile(spec: Spec, gpu: Gpu) -> Tile | None:

@@ -6,37 +6,32 @@ follow from the sequence alone.
 
 from __future__ import annotations
 
-from functools import reduce
-from operator import or_
-
-from gdr import _cuda_loader, _cuda_tiles
-from gdr._cuda_chunk_call import CHUNK, LAYOUT, align, count_chunks, definitions, fix
-from gdr._cuda_fused_recurrent import Pointers
-from gdr._inputs import Call, refuse_misaligned
+from gdr import _cuda_chunk_call, _cuda_loader, _cuda_tiles
+from gdr._cuda_chunk_call import CHUNK, REST, align, count_chunks, definitions, fix
+from gdr._inputs import Call
 from gdr._spec import Spec
 
 # The C struct TileParams of chunk_fused.cuh: maps of k, q, v and out, then Params.
-params = _cuda_loader.Params(f"{4 * _cuda_tiles.BYTES}s {LAYOUT}")
+HEAD = f"{4 * _cuda_tiles.BYTES}s {_cuda_chunk_call.HEAD}"
+PARAMS = _cuda_loader.Params(HEAD + REST)
 
 _STAGES, _SLOTS = 4, 2  # chunks in shared memory: K and Q; values, T and P
 _LARGEST_STEP = 1 << 24  # elements from a token to the next: the bytes of 64 fit 32 bits
 
 
-class Plan:
+class Plan(_cuda_chunk_call.Plan):
     """What the calls with one signature share."""
 
-    workspace = 0
-
     def __init__(self, call: Call, columns: int) -> None:
-        spec = self.spec = call.spec
-        self.columns, self.wide = columns, call.wide_range
-        self.pointers = Pointers(call)
-        self.blocks = spec.N * spec.HV * (spec.V // columns)
-        self.threads, self.shared = 2 * columns + 256, _shared(spec.K, columns)
-        self.chunks = count_chunks(spec)
-        self.fixed = fix(spec, spec.HV // spec.H, 0)
+        super().__init__(call)
+        spec, self.columns = self.spec, columns
+        self.grid, self.block = (spec.N * spec.HV * (spec.V // columns), 1, 1), (2 * columns + 256, 1, 1)
+        self.shared = _shared(spec.K, columns)
+        fixed = fix(spec, spec.HV // spec.H, 0)
+        self.arguments = _cuda_loader.Arguments(HEAD, REST, fixed.values)
+        self.tail = 0, 0, 0, 0, 0, *self.scalars, 0, count_chunks(spec)  # of the arguments' head
         self.mappable = (
-            self.fixed.aligned
+            fixed.aligned
             and _cuda_tiles.available()
             and all(_cuda_tiles.can_map(spec.shapes[name], spec.strides[name]) for name in ("q", "k", "v", "out"))
         )
@@ -52,11 +47,8 @@ class Plan:
         kernel = self.kernels[aligned] = _cuda_loader.load(stem, defines, int(self.spec.device))
         return kernel
 
-    def run(self, call: Call) -> None:
-        """Fill ``call.out`` and ``call.final_state``."""
-        pointers = self.pointers(call)
-        if reduce(or_, pointers) & 7:
-            refuse_misaligned(call)
+    def start(self, pointers: tuple[int, ...], scratch: int, stream: int) -> None:
+        """Launch the kernel."""
         q, k, v, out = pointers[:4]
         aligned = self.mappable and not (q | k | v | out) & 15
         maps = b""
@@ -66,9 +58,8 @@ class Plan:
                 maps = b"".join(tiles.encode(address) for tiles, address in zip(self.maps, (k, q, v, out)))
                 self.encoded = pointers[:4], maps
         kernel = self.kernels.get(aligned) or self.load(aligned)
-        scalars = call.scale, call.softplus_beta, call.softplus_threshold
-        params.pack(maps, *pointers, 0, 0, 0, 0, 0, *scalars, 0, self.chunks, *self.fixed.values)
-        kernel.launch((self.blocks, 1, 1), (self.threads, 1, 1), params, call.stream, self.shared)
+        self.arguments.pack_head(maps, *pointers, *self.tail)
+        kernel.launch(self.grid, self.block, self.arguments, stream, self.shared)
 
 
 def takes(spec: Spec) -> bool:

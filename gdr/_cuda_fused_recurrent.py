@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Callable
-from functools import partial
 from operator import attrgetter, itemgetter
 from typing import Any, NamedTuple
 
@@ -21,22 +20,14 @@ LARGEST_GRID = 65535  # along y and z
 
 # The C struct Params of recurrent.cuh: pointers, scalars and the first sequence of a launch; then what a Spec fixes.
 HEAD = struct.Struct("13Q 4f I")
-LAYOUT = HEAD.format + "18q 6q 5q I 4i"
+_REST = "18q 6q 5q I 4i"
+LAYOUT = HEAD.format + _REST
 PARAMS = dict.fromkeys(("fused_recurrent_kv", "fused_recurrent_vk"), _cuda_loader.Params(LAYOUT))
 # The operands in the order of their pointers; g and beta take the place of a and b where those are given.
 _POINTERS = (
     *("q", "k", "v", "out", "A_log", "dt_bias", "a", "b"),
     *("initial_state", "initial_slots", "final_state", "final_slots", "cu_seqlens"),
 )
-
-
-class Arguments(_cuda_loader.Params):
-    """Params of which everything but the head is filled in once (in every thread)."""
-
-    def __init__(self, fixed: tuple[int, ...]) -> None:
-        super().__init__(LAYOUT)
-        self.pack(*[0] * 18, *fixed)
-        self.pack_head = partial(HEAD.pack_into, self.buffer, 0)  # fills in what differs from call to call
 
 
 class Tile(NamedTuple):
@@ -93,7 +84,7 @@ class Plan:
         # The signature of a call has these in it.
         self.one_state = call.final_state is call.initial_state
         self.scalars = call.scale, call.softplus_beta, 1 / call.softplus_beta, call.softplus_threshold
-        self.arguments = Arguments(fixed(self.spec))
+        self.arguments = _cuda_loader.Arguments(HEAD.format, _REST, fixed(self.spec))
         self.launches: dict[tuple[bool, bool, bool], Launch] = {}
 
     def launch(self, variant: tuple[bool, bool, bool]) -> Launch:
@@ -133,23 +124,30 @@ def run(call: Call) -> None:
         plan.start(pointers, stream, misaligned=True)
 
 
-def launcher(checked: Checked, form: Form) -> Callable[[tuple[Any, ...]], Any]:
-    """What runs the calls that are like one that ran, from their operands in the order of `OPERANDS`; returns `out`."""
+def launcher(checked: Checked, form: Form) -> Callable[[tuple[Any, ...]], tuple[Any, Any]]:
+    """What runs the calls that are like one that ran, from their operands in the order of `OPERANDS`.
+
+    It returns `out`, and the state where that is allocated for the call.
+    """
     spec, library, *_ = checked.head
     plan, device = spec.plan["fused_recurrent"], spec.device
     pick, pointers_of, start = plan.pointers.pick, plan.pointers.of, plan.start
-    stream_of, empty_like = library.stream, library.empty_like
+    stream_of, empty, empty_like = library.stream, library.empty, library.empty_like
+    state_shape = spec.shapes["final_state"] if checked.allocates_state else None
 
-    def launch(operands: tuple[Any, ...]) -> Any:
-        out = operands[3]
+    def launch(operands: tuple[Any, ...]) -> tuple[Any, Any]:
+        out, state = operands[3], None
         if out is None:
             out = empty_like(operands[2])
             operands = (*operands[:3], out, *operands[4:])
+        if state_shape:
+            state = empty(state_shape, spec.final_dtype, device)
+            operands = (*operands[:12], state, *operands[13:])
         pointers, stream = pointers_of(pick(operands)), stream_of(device)
         if not start(pointers, stream):
             refuse_misaligned(describe_call(checked, form, operands))
             start(pointers, stream, misaligned=True)
-        return out
+        return out, state
 
     return launch
 

@@ -28,7 +28,7 @@ import re
 import struct
 import sys
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache, partial
 from pathlib import Path
@@ -238,10 +238,10 @@ def cuda_status() -> Status:
 
 
 # CUlaunchConfig of cuda.h: grid and block, shared memory, stream; then its attributes and how many there are.
-_LAUNCH = struct.Struct("7I Q")
-_CONFIG = struct.Struct(_LAUNCH.format + "Q I 0Q")
+_CONFIG = struct.Struct("7I Q Q I 0Q")
 # CUlaunchAttribute: programmatic stream serialization, allowed.
 _ATTRIBUTE = ctypes.create_string_buffer(struct.pack("I 0Q I 60x", 6, 1), 72)
+_MOST_CONFIGS = 256  # that a kernel keeps
 
 
 class Params(threading.local):
@@ -259,22 +259,20 @@ class Params(threading.local):
         # cuLaunchKernel wants an array of pointers, one an argument; it copies what they point to.
         self._pointers = (ctypes.c_void_p * 1)(ctypes.addressof(self.buffer))
         self.address = ctypes.addressof(self._pointers)
-        # The same for cuLaunchKernelEx, which takes the shape of a launch as a struct too.
-        config = ctypes.create_string_buffer(_CONFIG.size)
-        _CONFIG.pack_into(config, 0, *[0] * 8, ctypes.addressof(_ATTRIBUTE), 1)
-        self.references = ctypes.byref(config), ctypes.byref(self._pointers)
-        self._pack_launch = partial(_LAUNCH.pack_into, config, 0)
-        self._launch: tuple | None = None
+        self.reference = ctypes.byref(self._pointers)
 
     def pack(self, *values: float | bytes) -> None:
         """Fill in the struct's fields."""
         self._pack_into(self.buffer, 0, *values)
 
-    def pack_launch(self, *launch: Any) -> None:
-        """Fill in the shape of a launch: grid, block, bytes of shared memory and stream."""
-        if launch != self._launch:  # most are like the last one
-            grid, block, *rest = self._launch = launch
-            self._pack_launch(*grid, *block, *rest)
+
+class Arguments(Params):
+    """Params of which all that follows the head is filled in once (in every thread)."""
+
+    def __init__(self, head: str, rest: str, values: Sequence[float]) -> None:
+        super().__init__(head + rest)
+        self.pack(*struct.unpack(head, bytes(struct.calcsize(head))), *values)
+        self.pack_head = partial(struct.Struct(head).pack_into, self.buffer, 0)  # fills in what differs
 
 
 class Kernel:
@@ -305,6 +303,7 @@ class Kernel:
         self._launch = driver.launchKernel
         self._launch_dependent = _dependent_launcher(describe_gpu(device).capability) if dependent else None
         self._handle, self._check = ctypes.c_void_p(self.function), driver.check_status
+        self._configs: dict[tuple, Any] = {}
         self._get_context, self._set_context = driver.ctxGetCurrent, driver.ctxSetCurrent
         self._lock = threading.Lock()
 
@@ -322,8 +321,6 @@ class Kernel:
         """Launch on a stream (handle) of the kernel's device with `shared` bytes of dynamic shared memory."""
         if 0 in grid:
             return
-        if shared > self._dynamic_shared:
-            self._allow_shared(shared)
         # A thread that has not used CUDA has no current context, one that uses another device has that one's.
         current = self._get_context()
         if current == self._context:
@@ -339,13 +336,25 @@ class Kernel:
         self, grid: tuple[int, int, int], block: tuple[int, int, int], params: Params, stream: int, shared: int
     ) -> None:
         if self._launch_dependent is None:
+            if shared > self._dynamic_shared:
+                self._allow_shared(shared)
             self._launch(self.function, *grid, *block, shared, stream, params.address, 0)
             return
-        params.pack_launch(grid, block, shared, stream)
-        config, pointers = params.references
-        status = self._launch_dependent(config, self._handle, pointers, None)
+        config = self._configs.get((grid, block, shared, stream)) or self._configure(grid, block, shared, stream)
+        status = self._launch_dependent(config, self._handle, params.reference, None)
         if status:
             self._check(status)
+
+    def _configure(self, grid: tuple[int, int, int], block: tuple[int, int, int], shared: int, stream: int) -> Any:
+        """Describe a launch to the driver; what was described is kept, to start it sooner."""
+        if shared > self._dynamic_shared:
+            self._allow_shared(shared)
+        config = ctypes.create_string_buffer(_CONFIG.size)
+        _CONFIG.pack_into(config, 0, *grid, *block, shared, stream, ctypes.addressof(_ATTRIBUTE), 1)
+        if len(self._configs) >= _MOST_CONFIGS:
+            self._configs.clear()
+        reference = self._configs[grid, block, shared, stream] = ctypes.byref(config)
+        return reference
 
     def _allow_shared(self, shared: int) -> None:
         """Ask for more dynamic shared memory than the 48 KiB every kernel may have."""

@@ -104,20 +104,18 @@ def chunk_gated_delta_rule(
     >>> o.shape, h.shape
     ((1, 200, 4, 16), (1, 4, 16, 16))
     """
-    call = _inputs.prepare(
+    return _backends.perform(
         _CHUNK,
         (q, k, v, out, None, None, None, None, g, beta, initial_state, None, None, None, cu_seqlens),
-        scale=scale,
-        l2norm=use_qk_l2norm_in_kernel,
-        layout=state_layout,
-        output_final_state=output_final_state,
-        check=check,
-        chunk_size=chunk_size,
-        batch_invariant=batch_invariant,
-        wide_range=wide_range,
+        _inputs.options(
+            scale,
+            use_qk_l2norm_in_kernel,
+            state_layout,
+            chunk_size=chunk_size,
+            batch_invariant=batch_invariant,
+            wide_range=wide_range,
+            output_final_state=output_final_state,
+            check=check,
+        ),
+        workspace,
     )
-    if workspace is not None:
-        _inputs.check_workspace(call, workspace)
-    _backends.run(call)
-    release = call.library.release
-    return release(call.out) if out is None else out, release(call.final_state) if output_final_state else None

@@ -96,6 +96,29 @@ def test_chunk(capability: int, layout: str, dtype: str) -> None:
     assert_chunk(x, state_layout=layout, use_qk_l2norm_in_kernel=True)
 
 
+@pytest.mark.parametrize("T", [3, 70])  # token by token, and by chunks
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_calls_like_one_that_ran(device: None, dtype: str, T: int) -> None:
+    """They go from their operands to the launch, and are as right as the first."""
+    options: dict[str, Any] = {"use_qk_l2norm_in_kernel": True, "output_final_state": True}
+    workspace = on_device(np.empty(1 << 20, np.uint8))
+    workspace = workspace[-workspace.ctypes.data % 128 :]
+    for seed in range(4):
+        x = make_inputs(B=1, T=T, H=1, HV=2, K=32, V=16, dtype=dtype, seed=seed)
+        there = to_device(x)
+        lent = {"workspace": workspace} if seed == 3 else {}
+        got = gdr.chunk_gated_delta_rule(*given(there), initial_state=there.initial_state, **options, **lent)
+        want = reference.chunk_gated_delta_rule(*given(x), initial_state=x.initial_state, **options)
+        for name, y, z, rtol in zip("oh", got, want, (RTOL_O[dtype], 1e-3)):
+            assert y.dtype == (x.v.dtype if name == "o" else np.float32)
+            assert_close(host(y), z, rtol=rtol, name=name)
+    assert ["launch" in checked.spec.plan for checked in _inputs._specs.values()] == [True]
+    memory = on_device(np.zeros(there.v.nbytes + 1, np.uint8))
+    there.v = memory[1:].view(there.v.dtype).reshape(there.v.shape)
+    with pytest.raises(ValueError, match=r"^v: expected elements at multiples of"):
+        gdr.chunk_gated_delta_rule(*given(there), initial_state=there.initial_state, **options)
+
+
 def at_odd_addresses(dtype: str, V: int) -> Inputs:
     x = make_inputs(B=1, T=80, H=1, HV=1, K=100, V=V, dtype=dtype)
     for name in ("q", "k", "v"):
