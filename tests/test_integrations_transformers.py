@@ -17,6 +17,7 @@ torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
 import gdr._backends  # noqa: E402
+import gdr._inputs  # noqa: E402
 from gdr.integrations import transformers as integration  # noqa: E402
 from gdr.integrations.transformers import patch, patched, unpatch  # noqa: E402
 
@@ -92,15 +93,16 @@ def _inference():
 
 @pytest.fixture
 def calls(monkeypatch):
-    """Every call that reaches a backend of gdr, as (operation, B, T)."""
+    """Every call of gdr, as (operation, B, T)."""
     seen = []
-    run = gdr._backends.run
+    recognize = gdr._inputs.recognize
 
-    def spy(call):
-        seen.append((call.spec.op, call.spec.B, call.spec.T))
-        run(call)
+    def spy(*args):
+        checked = recognize(*args)
+        seen.append((checked.spec.op, checked.spec.B, checked.spec.T))
+        return checked
 
-    monkeypatch.setattr(gdr._backends, "run", spy)
+    monkeypatch.setattr(gdr._inputs, "recognize", spy)
     return seen
 
 
