@@ -3,8 +3,9 @@
     python docs/measure_prefill.py NAME
 
 The chunkwise form beside the recurrent one, and what `DeltaRuleState.prefill` makes of the same tokens, which chooses
-between the two; then what `batch_invariant=True` costs, and what a call costs the host.  Times are medians of replays
-of a CUDA graph that goes through several sets of inputs, which together are larger than the L2 cache.
+between the two; the same of packed sequences; then what `batch_invariant=True` costs, and what a call costs the host.
+Times are medians of replays of a CUDA graph that goes through several sets of inputs, which together are larger than
+the L2 cache.
 """
 
 from __future__ import annotations
@@ -38,6 +39,14 @@ D = 128
 LENGTHS = (1, 4, 8, 16, 24, 31, 32, 48, 64, 65, 96, 128, 192, 256, 384, 512, 700, 1000, 1024, 1500)
 LENGTHS += tuple(1 << i for i in range(11, 18))
 INVARIANT_FROM = 1024
+PACKED = {
+    "4096, 256 of 1": [4096, *[1] * 256],
+    "512, 31 of 1": [512, *[1] * 31],
+    "100, 7 of 1": [100, *[1] * 7],
+    "256 of 1": [1] * 256,
+    "64 of 8": [8] * 64,
+    "8 of 16": [16] * 8,
+}
 COLD_BYTES = 128 << 20
 TITLE = "one sequence against its length"
 NOTE = (
@@ -138,6 +147,30 @@ def sweep(model: str, dtype: str, T: int, workspace: Any) -> Iterator[dict[str, 
         yield {"suite": "sweep", "case": f"{model} {dtype}", "T": T, "impl": impl, "us": round(us, 2)}
 
 
+def packed(model: str, case: str, lengths: list[int], workspace: Any) -> Iterator[dict[str, Any]]:
+    """Times of packed sequences of bfloat16."""
+    (H, HV), T, N = HEADS[model], sum(lengths), len(lengths)
+    nbytes = T * (2 * H + 2 * HV) * D * 2 + 2 * N * HV * D * D * 4
+    sets, offsets = [], cupy.asarray(gdr.varlen.cu_seqlens_of(lengths))
+    for _ in range(1 + COLD_BYTES // nbytes):
+        q, k, v = (normal((1, T, heads, D), "bfloat16") for heads in (H, H, HV))
+        logits = normal((1, T, HV), "float32")
+        states = normal((N, HV, D, D), "float32")
+        sets.append((q, k, v, -cupy.log1p(cupy.exp(-logits)) / 16, 1 / (1 + cupy.exp(-logits)), states))
+    chunk, recurrent, lent = gdr.chunk_gated_delta_rule, gdr.fused_recurrent_gated_delta_rule, {"workspace": workspace}
+    for impl, form, rest in (("gdr chunkwise", chunk, lent), ("gdr recurrent", recurrent, {}), ("gdr", chunk, lent)):
+
+        def call(x: tuple[Any, ...], form: Callable[..., Any] = form, rest: dict[str, Any] = rest) -> None:
+            form(
+                *x[:5], initial_state=x[5], output_final_state=True, use_qk_l2norm_in_kernel=True,
+                cu_seqlens=offsets, **rest,
+            )  # fmt: skip
+
+        with always_chunkwise() if "chunkwise" in impl else nullcontext():
+            us = measure([lambda x=x: call(x) for x in sets])
+        yield {"suite": "packed", "case": f"{model}, {case}", "impl": impl, "us": round(us, 2)}
+
+
 def host_cost(library: str, T: int, calls: int = 400) -> float:
     """Median time of a call on the host, in microseconds, where the call allocates what it returns."""
     x = gdr.testing.make_inputs(B=1, T=T, H=2, HV=8, K=D, V=D, dtype="bfloat16", xp=library, device="cuda")
@@ -173,6 +206,9 @@ def main() -> None:
         found = list(sweep(model, dtype, T, workspace))
         rows += found
         print(model, dtype, T, *(f"{row['impl'].removeprefix('gdr ')} {row['us']}" for row in found), flush=True)
+    for model, (case, lengths) in product(HEADS, PACKED.items()):
+        rows += packed(model, case, lengths, workspace)
+        print(*rows[-3:], sep="\n", flush=True)
     write(f"performance-{name}-prefill-sweep", provenance("cuda") | {"title": TITLE, "note": NOTE, "rows": rows})
 
 

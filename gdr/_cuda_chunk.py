@@ -31,6 +31,8 @@ PARAMS = dict.fromkeys(_STEMS, _cuda_chunk_call.PARAMS) | {"chunk_fused_sm90": _
 # PieceOrder and PieceFlags of chunk_beside.cuh.
 _GROUPS, _MOST_BESIDE = 3, 32
 _ORDER, _FLAGS = _MOST_BESIDE * (3 * 8 + 4 * 4) + 8, 8
+# States that by chunks take as long as CHUNK_FROM tokens of one sequence take token by token, times two.
+_OTHERS = 80
 _HEAD_TILE = 2 * 10 * 512 + 3 * CHUNK * 4  # bytes of T, P and the decays of a chunk and value head
 
 
@@ -74,6 +76,20 @@ class Cut(NamedTuple):
     def compose(self) -> Tile:
         """How the walk that finds the maps of segments divides them."""
         return self.tile._replace(columns=self.map_columns, compose=True)
+
+
+def why(spec: Spec, cut: Cut, gpu: Gpu) -> str:
+    """Say what the kernels of a call are, and why those."""
+    blocks, all_of = spec.N * spec.HV * (spec.V // cut.tile.columns), gpu.multiprocessors
+    if cut.fused:
+        return f"one kernel, whose {blocks} blocks use the {all_of} processors well"
+    if cut.segment:
+        return (
+            f"in segments of {cut.segment} chunks, as {blocks} blocks for whole sequences leave most of {all_of} idle"
+        )
+    if cut.beside:
+        return f"{cut.beside} blocks prepare chunks beside the {blocks} that walk, on {all_of} processors"
+    return f"a kernel that prepares all chunks, then {blocks} blocks that walk, on {all_of} processors"
 
 
 class Plan(_cuda_chunk_call.Plan):
@@ -187,11 +203,15 @@ def choose(spec: Spec, gpu: Gpu, batch_invariant: bool) -> Cut | _cuda_chunk_f32
         return "there are no states"
     # The two forms round differently, and the mean length is the batch's. Chunks of float32 take longer, even more so
     # where states take three quarters of the processors.
-    fewest = CHUNK_FROM["cuda"]
+    states, fewest = spec.N * spec.HV, CHUNK_FROM["cuda"]
     if spec.dtype == "float32":
-        fewest = fewest * 3 // (2 if 0.75 * gpu.multiprocessors > spec.N * spec.HV else 1)
+        fewest = fewest * 3 // (2 if 0.75 * gpu.multiprocessors > states else 1)
     if fewest * spec.N > spec.B * spec.T and not batch_invariant:
-        return f"sequences of fewer than {fewest} tokens are done sooner so"
+        # One of the packed sequences may be long. Short ones take up to 1.8 times as long by chunks, a long one among
+        # them up to 14 times as long token by token: what counts is how long the others take.
+        longest = spec.T - spec.N + 1 if spec.varlen else spec.T
+        if longest <= max(fewest, states * fewest // _OTHERS):
+            return f"sequences of fewer than {fewest} tokens are done sooner so"
     chosen = _cuda_chunk_f32.pick_tile(spec, gpu) if spec.dtype == "float32" else pick_cut(spec, batch_invariant, gpu)
     return chosen or f"chunks of K={spec.K} need more shared memory than a block of this GPU has"
 
@@ -220,6 +240,8 @@ def pick_cut(spec: Spec, batch_invariant: bool, gpu: Gpu) -> Cut | None:
     ]
     if not tiles:
         return None
+    if batch_invariant:
+        tiles = [tile for tile in tiles if tile.split == max(tile.split for tile in tiles)]
     states = spec.N * spec.HV
     # The fewest blocks that still use the device; if none do, the most.
     enough = [tile for tile in tiles if states * (spec.V // tile.columns) >= 0.75 * gpu.multiprocessors]
@@ -229,8 +251,10 @@ def pick_cut(spec: Spec, batch_invariant: bool, gpu: Gpu) -> Cut | None:
 def _fits(tile: Tile, K: int, batch_invariant: bool, gpu: Gpu) -> bool:
     if tile.shared(K) > gpu.shared:
         return False
-    if K > 128 or batch_invariant:  # registers; bits
+    if K > 128:  # registers
         return tile.split == 2 and tile.columns <= 64
+    if batch_invariant:  # whatever the batch, as the splits show in the bits
+        return tile.split == 1 or tile.columns <= 64
     return tile.split == (2 if tile.columns <= 32 else 1) or gpu.shared < 128 << 10
 
 

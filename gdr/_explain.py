@@ -26,7 +26,8 @@ def explain(function: Callable[..., Any], /, *args: Any, **kwargs: Any) -> str:
     Returns
     -------
     str
-        A few lines: the problem, the form of the rule, the backend and its kernels.
+        A few lines: the problem, the form of the rule and on CUDA why that one, the backend, its kernels as they are
+        for arrays at multiples of 16 bytes, and the scratch that a call by chunks needs.
 
     Raises
     ------
@@ -121,9 +122,12 @@ def _form(call: Call) -> str:
         return "recurrent, token by token"
     if _backends.backend(spec) != "cuda":
         return f"chunkwise, {call.chunk_size} tokens a chunk"
+    from gdr import _cuda_chunk
     from gdr._cuda_chunk_call import chunk_size
 
-    chosen = _backends.module(spec).choose(spec, _cuda_loader.describe_gpu(int(spec.device)), call.batch_invariant)
+    gpu = _cuda_loader.describe_gpu(int(spec.device))
+    chosen = _cuda_chunk.choose(spec, gpu, call.batch_invariant)
     if isinstance(chosen, str):
         return f"recurrent, token by token: {chosen}"
-    return f"chunkwise, {chunk_size(spec)} tokens a chunk"
+    form = f"chunkwise, {chunk_size(spec)} tokens a chunk"
+    return f"{form}: {_cuda_chunk.why(spec, chosen, gpu)}" if isinstance(chosen, _cuda_chunk.Cut) else form

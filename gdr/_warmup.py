@@ -164,7 +164,9 @@ def pool_specs(
     for T in doubling(max_tokens):
         if T >= 64:
             yield make_spec("chunk", B=1, T=T, **shape, **pool)
-            yield make_spec("chunk", B=1, T=T, sequences=2, **shape, **pool)
+        for N in doubling(max_batch):
+            if T >= 64 * N:
+                yield make_spec("chunk", B=1, T=T, sequences=N, **shape, **pool)
     yield make_spec("gate", B=1, T=max_tokens, **shape)
 
 

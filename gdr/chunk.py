@@ -66,12 +66,14 @@ def chunk_gated_delta_rule(
     batch_invariant : bool, default False
         Make the bits of a sequence's result independent of the rest of the batch.
     wide_range : bool, default False
-        On CUDA, round what products multiply to bfloat16 instead of float16, whose range ends at 65504: for keys that
-        are not normalised, huge values or states.  Errors grow from 2e-3 to 3e-3 of the outputs and
-        from 4e-4 to 3e-3 of the states.  On the host nothing changes: products are of float32.
+        On CUDA, round what products multiply to bfloat16 instead of float16, which ends at 65504 and has fewer digits
+        below 6e-5: for keys that are not normalised, and values or states that are huge or, on the whole, smaller than
+        1e-4.  Errors grow from 2e-3 to 4e-3 of the outputs and from 5e-4 to 4e-3 of the states, more where keys
+        resemble each other.  Nothing changes for float32 and on the host: their products are of float32.
     workspace : array of uint8 on the call's device, shape [bytes], optional
-        Scratch memory that calls on one stream may share, for CUDA only.  `gdr.explain` says how much a call needs; by
-        default it comes from the allocator of v's library.
+        Scratch memory that calls on one stream may share, for CUDA only, at an address that is a multiple of 128.
+        `gdr.explain` says how much a call needs; by default it comes from the allocator of v's library.  Lend it to
+        calls on CuPy arrays that are captured into a CUDA graph: what is allocated for them is kept for good.
 
     Returns
     -------
@@ -93,7 +95,10 @@ def chunk_gated_delta_rule(
     flash-linear-attention's.  Decays enter as exponentials of differences, never of a positive number.
 
     On CUDA, sequences of fewer than 20 tokens on average (in float32 30, or 60 where states fill the GPU) run token by
-    token, which is then faster, unless `batch_invariant` is set; `gdr.explain` tells.
+    token, which is then faster, unless `batch_invariant` is set, or sequences are packed and one of them may be so long
+    that all others would wait for it; `gdr.explain` tells.  So do calls that chunks on CUDA do not take: V that is no
+    multiple of 16, devices before compute capability 8.0, and K above 128 where a block has less shared memory than
+    176 KiB.
 
     Examples
     --------

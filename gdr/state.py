@@ -349,6 +349,8 @@ class DeltaRuleState:
         cu_seqlens: Any | None = None,
         *,
         out: Any | None = None,
+        batch_invariant: bool = False,
+        wide_range: bool = False,
         workspace: Any | None = None,
     ) -> Any:
         """Run many tokens of each sequence and update the states: chunkwise for long sequences, else token by token.
@@ -365,6 +367,10 @@ class DeltaRuleState:
             Offsets of packed sequences along T; B is then 1.
         out : array, v's shape and dtype, optional
             Where the output goes.
+        batch_invariant : bool, default False
+            Make the bits of a sequence's result independent of the rest of the batch.
+        wide_range : bool, default False
+            For keys that are not normalised, huge or tiny values on CUDA, as of `chunk_gated_delta_rule`.
         workspace : array of uint8 on the pool's device, shape [bytes], optional
             Scratch memory, as of `chunk_gated_delta_rule`; not needed where tokens run one by one.
 
@@ -380,8 +386,15 @@ class DeltaRuleState:
         tokens = q.shape[1] if getattr(q, "ndim", 0) == 4 else 0
         if cu_seqlens is not None and getattr(cu_seqlens, "ndim", 0) == 1:
             tokens /= max(1, len(cu_seqlens) - 1)
-        op = "chunk" if tokens >= _backends.CHUNK_FROM[self.device.partition(":")[0]] else "fused_recurrent"
-        return self._run(op, q, k, v, a, b, slots, cu_seqlens, out, workspace=workspace)
+        # On CUDA the launcher of chunks runs short sequences token by token.
+        by_chunks = tokens >= _backends.CHUNK_FROM["cpu"] if self.device == "cpu" else tokens > 1
+        return self._run(
+            "chunk" if by_chunks or batch_invariant else "fused_recurrent",
+            *(q, k, v, a, b, slots, cu_seqlens, out),
+            workspace=workspace,
+            batch_invariant=batch_invariant,
+            wide_range=wide_range,
+        )
 
     def verify(
         self,
@@ -580,6 +593,7 @@ class DeltaRuleState:
         draft: bool = False,
         parents: Any | None = None,
         workspace: Any | None = None,
+        **options: bool,
     ) -> Any:
         if self.A_log is None:
             raise ValueError("A_log: this state was made without it, so it can be read and written but not run")
@@ -602,6 +616,7 @@ class DeltaRuleState:
                 layout=self.layout,
                 softplus_beta=self.softplus_beta,
                 softplus_threshold=self.softplus_threshold,
+                **options,
             )
             if workspace is not None:
                 _inputs.check_workspace(call, workspace)

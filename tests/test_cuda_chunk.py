@@ -278,23 +278,40 @@ def test_extreme_decays(decay: float, dtype: str) -> None:
     with np.errstate(all="ignore"):
         assert_chunk(x)
     x.g[...] = decay
-    if decay == 0.0:
+    with np.errstate(all="ignore"):
         assert_chunk(x)
-    else:
-        o, _ = chunk(x)
-        assert np.isfinite(o.astype(np.float32)).all()
 
 
 @pytest.mark.usefixtures("kernels")
-@pytest.mark.parametrize(("dtype", "rtol_o", "rtol_h"), [("bfloat16", 8e-3, 4e-3), ("float32", None, None)])
-def test_correlated_keys(dtype: str, rtol_o: float | None, rtol_h: float | None) -> None:
-    x = make_inputs(B=1, T=512, H=2, HV=4, K=128, V=128, dtype=dtype, keys="correlated", gates="none")
-    assert_chunk(x, rtol_o, rtol_h)
+@pytest.mark.parametrize("gates", ["none", "slow", "ordinary"])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_correlated_keys(dtype: str, gates: str) -> None:
+    x = make_inputs(B=1, T=512, H=2, HV=4, K=128, V=128, dtype=dtype, keys="correlated", gates=gates)
+    # Decays and keys that resemble each other leave little of a state: its error is 0.7e-3 to 1.3e-3.
+    assert_chunk(x, rtol_h=2e-3 if gates == "ordinary" and dtype == "bfloat16" else None)
+
+
+@pytest.mark.usefixtures("kernels")
+@pytest.mark.parametrize("scale", [1e-6, 1.0, 1e6])
+def test_wide_range(scale: float) -> None:
+    x = make_inputs(B=1, T=300, H=1, HV=2, K=128, V=128, dtype="bfloat16")
+    x.v = (x.v.astype(np.float32) * scale).astype(x.v.dtype)
+    state = (x.initial_state * scale).astype(np.float32)
+    o, h = chunk(x, initial_state=state, wide_range=True)
+    want_o, want_h = reference.chunk_gated_delta_rule(*given(x), initial_state=state, output_final_state=True)
+    assert_close(o, want_o, rtol=5e-3, name="o")
+    assert_close(h, want_h, rtol=5e-3, name="h")
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_a_hundred_thousand_tokens(dtype: str) -> None:
+    x = make_inputs(lengths=[100_003, 65, 0, 1], H=1, HV=1, K=64, V=64, dtype=dtype, gates="slow")
+    assert_chunk(x)
 
 
 @pytest.mark.usefixtures("kernels")
 @pytest.mark.parametrize(
-    ("dtype", "scale"), [("bfloat16", 1e-3), ("bfloat16", 1e4), ("float32", 1e-25), ("float32", 1e30)]
+    ("dtype", "scale"), [("bfloat16", 1e-4), ("bfloat16", 1e4), ("float32", 1e-25), ("float32", 1e30)]
 )
 def test_magnitudes(dtype: str, scale: float) -> None:
     x = make_inputs(B=1, T=300, H=1, HV=2, K=128, V=128, dtype=dtype)

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from functools import cache
+from itertools import product
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -246,6 +247,60 @@ def test_explain_says_why_no_chunks(device: None, changes: dict[str, Any], form:
 def test_chunks_that_a_gpu_has_no_room_for(dtype: str, K: int, card: tuple[int, int], reason: str) -> None:
     spec = make_spec("chunk", B=1, T=100, H=1, HV=1, K=K, V=32, dtype=dtype)
     assert cuda_chunk.choose(spec, loader.Gpu(card[0], 60, card[1]), False) == reason
+
+
+@pytest.mark.parametrize(
+    ("tokens", "sequences", "HV", "chunks"),
+    [
+        (256, 256, 32, False),  # one each
+        (512, 64, 32, False),
+        (128, 16, 32, False),
+        (4352, 257, 32, True),  # a prompt may be among them
+        (107, 8, 32, True),
+        (543, 32, 8, True),
+        (19, 1, 32, False),
+        (20, 1, 32, True),
+    ],
+)
+def test_a_long_sequence_may_be_among_packed_ones(tokens: int, sequences: int, HV: int, chunks: bool) -> None:
+    card = loader.Gpu(90, 132, 227 << 10, early=True)
+    spec = make_spec("chunk", B=1, T=tokens, sequences=sequences, H=HV // 2, HV=HV, K=128, V=128)
+    assert isinstance(cuda_chunk.choose(spec, card, False), cuda_chunk.Cut) == chunks
+    assert isinstance(cuda_chunk.choose(spec, card, True), cuda_chunk.Cut)
+
+
+@pytest.mark.parametrize("capability", [80, 86, 89, 90, 100, 120])
+def test_batches_do_not_show_in_splits(capability: int) -> None:
+    """Whatever the batch, and by chunks wherever they run without `batch_invariant`."""
+    shared = {80: 163, 90: 227, 100: 227}.get(capability, 99) << 10
+    card = loader.Gpu(capability, 100, shared)
+    for K, V in product((32, 64, 96, 128, 256), (32, 64, 128, 256)):
+        splits = set()
+        for N in (1, 8, 100):
+            spec = make_spec("chunk", B=N, T=200, H=4, HV=8, K=K, V=V)
+            cut = cuda_chunk.choose(spec, card, True)
+            assert isinstance(cut, str) == isinstance(cuda_chunk.choose(spec, card, False), str)
+            if isinstance(cut, cuda_chunk.Cut):
+                splits.add((cut.tile.split, cut.segment, cut.fused))
+        assert len(splits) <= 1
+
+
+def test_explain_says_why_these_kernels() -> None:
+    card = loader.Gpu(90, 132, 227 << 10, early=True)
+    for heads, batch, reason in (
+        ((16, 32), {"B": 4, "T": 2048}, "one kernel, whose 128 blocks use the 132 processors well"),
+        ((16, 32), {"B": 1, "T": 8192}, "54 blocks prepare chunks beside the 64 that walk, on 132 processors"),
+        ((2, 8), {"B": 1, "T": 8192}, "in segments of 16 chunks, as 16 blocks for whole sequences leave most of 132"),
+    ):
+        spec = make_spec("chunk", H=heads[0], HV=heads[1], K=128, V=128, **batch)
+        cut = cuda_chunk.choose(spec, card, False)
+        assert isinstance(cut, cuda_chunk.Cut)
+        assert cuda_chunk.why(spec, cut, card).startswith(reason)
+    fixed = cuda_chunk.choose(spec, card, True)
+    assert isinstance(fixed, cuda_chunk.Cut)
+    assert cuda_chunk.why(spec, fixed, card) == (
+        "a kernel that prepares all chunks, then 16 blocks that walk, on 132 processors"
+    )
 
 
 def test_explain_names_the_kernels_of_a_ring(device: None) -> None:

@@ -433,6 +433,27 @@ def test_a_step_is_a_prefill_of_one_token(place):
     assert_same_bits(place.get(one.pool), place.get(two.pool))
 
 
+@pytest.mark.parametrize("length", [1, 7, 150])
+def test_a_batch_invariant_prefill_does_not_know_its_batch(place, length):
+    lengths = [length, 1, 90]
+    x = problem(lengths=lengths)
+    together, alone = make(place, x), make(place, x)
+    slots = together.alloc(3)
+    o = together.prefill(*tokens(place, x), slots, place.put(x.cu_seqlens), batch_invariant=True)
+    alone.alloc(3)
+    first = [y[:, :length] for y in tokens(place, x)]
+    o1 = alone.prefill(*first, slots[:1], batch_invariant=True)
+    assert_same_bits(place.get(o1), place.get(o)[:, :length])
+    assert_same_bits(place.get(alone.read(slots[:1])), place.get(together.read(slots[:1])))
+
+
+@pytest.mark.parametrize("flag", ["batch_invariant", "wide_range"])
+def test_flags_of_a_prefill_are_flags(place, pool, flag):
+    state, slots = pool
+    with pytest.raises(TypeError, match=f"^{flag}: "):
+        state.prefill(*tokens(place, problem(T=40)), slots, **{flag: "yes"})
+
+
 def test_padding_in_step_and_prefill(place, pool):
     state, slots = pool
     x = problem()

@@ -50,6 +50,17 @@ def test_prompts_of_float32_have_kernels_of_their_own(fake: FakeCupy, dtype: str
     assert all(stem.endswith("_f32") for stem in chunks) == (dtype == "float32")
 
 
+def test_packed_prompts_have_their_kernels_compiled(fake: FakeCupy) -> None:
+    gdr.warmup(device="cuda", max_batch=16)
+    card = loader.describe_gpu(0)
+    compiled = {(kernel.stem, *sorted(kernel.defines.items())) for kernel in loader._kernels.values()}
+    assert any(stem == "chunk_fused_sm90" for stem, *_ in compiled)
+    for T, N in ((4096, 4), (4096, 16), (3000, 3), (900, 7)):
+        spec = _warmup.make_spec("chunk", B=1, T=T, sequences=N, H=16, HV=32, K=128, V=128)
+        wanted = {key for key, _ in _warmup.specializations([spec], card)}
+        assert wanted <= compiled
+
+
 def test_kernels_that_the_gpu_is_too_old_for_are_left_out(fake: FakeCupy) -> None:
     fake.capability = "75"
     done = gdr.warmup(device="cuda", max_batch=1)

@@ -42,7 +42,7 @@ def figures() -> dict[str, Figure]:
     drawn |= {name: _serving(data) for name, data in _load("serving-*.json").items()}
     for name, data in _performance_files().items():
         for suite, rows in _suites(data).items():
-            if suite != "host":
+            if suite not in _TABLES:
                 drawn[f"{name}-{suite}"] = _sweep(rows) if "T" in rows[0] else _performance(rows)
     return drawn
 
@@ -138,14 +138,14 @@ def page() -> str:
 
 def _times(name: str, data: dict[str, Any]) -> list[str]:
     """What the page shows of a file of times."""
-    suites = {suite: rows for suite, rows in _suites(data).items() if suite != "host"}
+    suites = {suite: rows for suite, rows in _suites(data).items() if suite not in _TABLES}
     title = ", ".join(filter(None, (data["device"], data.get("title"))))
     parts = [f"## {title}", data.get("note", ""), _provenance(data), data.get("beside", "")]
     parts += [compared.ratio_table(_with_batches(suites)), compared.missing(suites)]
     parts.append(compared.call_table([row for rows in suites.values() for row in rows]))
     for suite, rows in _suites(data).items():
-        if suite == "host":
-            parts.append(_host_table(rows))
+        if suite in _TABLES:
+            parts.append(_TABLES[suite](rows))
             continue
         what = "Time against length" if "T" in rows[0] else suite.capitalize()
         parts.append(
@@ -252,6 +252,21 @@ CHUNKWISE, CHOSEN, INVARIANT = "gdr chunkwise", "gdr prefill", "gdr batch_invari
 def _host_table(rows: list[dict[str, Any]]) -> str:
     lines = "".join(f"| {row['case']} | {_time(row['us'])} |\n" for row in rows)
     return f"### Cost of a call to the host\n\n| | |\n|---|---:|\n{lines}"
+
+
+def _packed_table(rows: list[dict[str, Any]]) -> str:
+    """Packed sequences of few tokens on average, by both forms and as they are called."""
+    times = {(row["case"], row["impl"]): row["us"] for row in rows}
+    impls = list(dict.fromkeys(row["impl"] for row in rows))
+    lines = [
+        [case, *(_time(times[case, impl]) for impl in impls)] for case in dict.fromkeys(row["case"] for row in rows)
+    ]
+    table = compared.table(["tokens", *impls], lines)
+    return f"### Packed sequences of few tokens on average\n\n{table}"
+
+
+# Suites that have a table and no plot.
+_TABLES = {"host": _host_table, "packed": _packed_table}
 
 
 def _invariance_table(rows: list[dict[str, Any]]) -> str:
