@@ -125,12 +125,12 @@ class CupyArrays(_Arrays):
         return x
 
     def empty(self, shape: tuple[int, ...], dtype: str, device: str | int) -> Any:
+        if self._cupy.cuda.runtime.getDevice() == device:  # 0.1 us against 1.5 us for a context
+            return self._cupy.ndarray(shape, numpy_dtype(dtype))
         with self._cupy.cuda.Device(device):
             return self._cupy.ndarray(shape, numpy_dtype(dtype))
 
     def empty_like(self, x: Any) -> Any:
-        if self._cupy.cuda.runtime.getDevice() == x.data.device_id:  # 0.1 us against 1.5 us for a context
-            return self._cupy.ndarray(x.shape, x.dtype)
         return self.empty(x.shape, x.dtype.name, x.data.device_id)
 
     def writable(self, x: Any) -> bool:
