@@ -16,7 +16,7 @@ from gdr._inputs import Call
 from gdr._spec import OPERANDS, Form, Spec
 
 # Mean number of tokens a sequence from which the chunkwise form is done sooner than the recurrent one.  On CUDA the
-# launcher of chunks keeps to it as well, and to more in float32; where there are fewer,
+# launcher of chunks keeps to it, to more in float32 and to less where packed sequences may hide a long one; below it,
 # `chunk_gated_delta_rule` runs the recurrence.
 CHUNK_FROM = {"cpu": 16, "cuda": 20}
 
