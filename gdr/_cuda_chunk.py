@@ -143,15 +143,10 @@ class Plan(_cuda_chunk_call.Plan):
         fixed = fix(spec, heads, cut.segment)
         self.aligned = fixed.aligned
         self.arguments = _cuda_loader.Arguments(_cuda_chunk_call.HEAD, _cuda_chunk_call.REST, fixed.values)
-        self.kernels: dict[bool, list[_cuda_loader.Kernel]] = {}
 
-    def load(self, aligned: bool) -> list[_cuda_loader.Kernel]:
-        """Compile the kernels, once."""
-        kernels = self.kernels[aligned] = [
-            _cuda_loader.load(stem, defines, int(self.spec.device))
-            for stem, defines in _specialize(self.spec, self.cut, aligned, self.wide)[0 if self.spec.T else 1 :]
-        ]
-        return kernels
+    def specialize(self, aligned: bool) -> list[_cuda_loader.Specialization]:
+        """Without chunk_prepare where there are no tokens."""
+        return _specialize(self.spec, self.cut, aligned, self.wide)[0 if self.spec.T else 1 :]
 
     def start(self, pointers: tuple[int, ...], scratch: int, stream: int) -> None:
         """Launch all kernels."""
@@ -373,7 +368,7 @@ def _prepare_time(spec: Spec) -> float:
 
 def specializations(
     spec: Spec, gpu: Gpu, batch_invariant: bool = False, wide: bool = False
-) -> list[tuple[str, dict[str, _cuda_loader.Define]]]:
+) -> list[_cuda_loader.Specialization]:
     """List the kernels that aligned calls with this `Spec` use on a GPU."""
     chosen = choose(spec, gpu, batch_invariant)
     if isinstance(chosen, str):
@@ -383,15 +378,13 @@ def specializations(
     return _cuda_chunk_f32.specialize(spec, chosen, True)
 
 
-def _specialize(
-    spec: Spec, cut: Cut, aligned: bool, wide: bool = False
-) -> list[tuple[str, dict[str, _cuda_loader.Define]]]:
+def _specialize(spec: Spec, cut: Cut, aligned: bool, wide: bool = False) -> list[_cuda_loader.Specialization]:
     """Stems and definitions of a call's kernels, in order."""
     if cut.fused:
         return [_cuda_chunk_fused.specialize(spec, cut.tile.columns, aligned, wide)]
     shared, state, none, gates = definitions(spec, aligned, wide)
 
-    def walk(tile: Tile) -> tuple[str, dict[str, _cuda_loader.Define]]:
+    def walk(tile: Tile) -> _cuda_loader.Specialization:
         defines = shared | state | {"GDR_COLUMNS": tile.columns, "GDR_STAGES": tile.stages}
         if tile.warpgroups:
             return "chunk_state_sm90", defines | {"GDR_COMPOSE": tile.compose}

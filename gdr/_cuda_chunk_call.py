@@ -109,6 +109,17 @@ class Plan(ABC):
         self.spec, self.wide = call.spec, call.wide_range
         self.pointers = Pointers(call)
         self.scalars = call.scale, call.softplus_beta, call.softplus_threshold  # the signature has them in it
+        self.kernels: dict[bool, list[_cuda_loader.Kernel]] = {}
+
+    @abstractmethod
+    def specialize(self, aligned: bool) -> list[_cuda_loader.Specialization]:
+        """Stems and definitions of the kernels that `start` launches, in order."""
+
+    def load(self, aligned: bool) -> list[_cuda_loader.Kernel]:
+        """Compile the kernels, once."""
+        kernels = [_cuda_loader.load(*job, int(self.spec.device)) for job in self.specialize(aligned)]
+        self.kernels[aligned] = kernels
+        return kernels
 
     @abstractmethod
     def start(self, pointers: tuple[int, ...], scratch: int, stream: int) -> None:

@@ -66,15 +66,10 @@ class Plan(_cuda_chunk_call.Plan):
         fixed = fix(spec, spec.HV // spec.H, 0)
         self.aligned = fixed.aligned
         self.arguments = _cuda_loader.Arguments(_cuda_chunk_call.HEAD, _cuda_chunk_call.REST, fixed.values)
-        self.kernels: dict[bool, list[_cuda_loader.Kernel]] = {}
 
-    def load(self, aligned: bool) -> list[_cuda_loader.Kernel]:
-        """Compile the kernels, once."""
-        kernels = self.kernels[aligned] = [
-            _cuda_loader.load(stem, defines, int(self.spec.device))
-            for stem, defines in specialize(self.spec, self.tile, aligned)[0 if self.spec.T else 1 :]
-        ]
-        return kernels
+    def specialize(self, aligned: bool) -> list[_cuda_loader.Specialization]:
+        """Without chunk_prepare_f32 where there are no tokens."""
+        return specialize(self.spec, self.tile, aligned)[0 if self.spec.T else 1 :]
 
     def start(self, pointers: tuple[int, ...], scratch: int, stream: int) -> None:
         """Launch all kernels."""
@@ -109,7 +104,7 @@ def pick_tile(spec: Spec, gpu: Gpu) -> Tile | None:
     )
 
 
-def specialize(spec: Spec, tile: Tile, aligned: bool) -> list[tuple[str, dict[str, _cuda_loader.Define]]]:
+def specialize(spec: Spec, tile: Tile, aligned: bool) -> list[_cuda_loader.Specialization]:
     """Stems and definitions of a call's kernels, in order."""
     shared, state, none, gates = definitions(spec, aligned)
     return [

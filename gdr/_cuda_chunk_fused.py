@@ -39,13 +39,10 @@ class Plan(_cuda_chunk_call.Plan):
         boxes = {"k": (keys, False), "q": (keys, False), "v": (values, True), "out": (values, True)}
         self.maps = [_cuda_tiles.TileMaps(spec.shapes[name], spec.strides[name], *box) for name, box in boxes.items()]
         self.encoded: tuple[tuple[int, ...], bytes] = (), b""
-        self.kernels: dict[bool, _cuda_loader.Kernel] = {}
 
-    def load(self, aligned: bool) -> _cuda_loader.Kernel:
-        """Compile the kernel, once."""
-        stem, defines = specialize(self.spec, self.columns, aligned, self.wide)
-        kernel = self.kernels[aligned] = _cuda_loader.load(stem, defines, int(self.spec.device))
-        return kernel
+    def specialize(self, aligned: bool) -> list[_cuda_loader.Specialization]:
+        """The one kernel."""
+        return [specialize(self.spec, self.columns, aligned, self.wide)]
 
     def start(self, pointers: tuple[int, ...], scratch: int, stream: int) -> None:
         """Launch the kernel."""
@@ -57,7 +54,7 @@ class Plan(_cuda_chunk_call.Plan):
             if addresses != pointers[:4]:
                 maps = b"".join(tiles.encode(address) for tiles, address in zip(self.maps, (k, q, v, out)))
                 self.encoded = pointers[:4], maps
-        kernel = self.kernels.get(aligned) or self.load(aligned)
+        (kernel,) = self.kernels.get(aligned) or self.load(aligned)
         self.arguments.pack_head(maps, *pointers, *self.tail)
         kernel.launch(self.grid, self.block, self.arguments, stream, self.shared)
 
@@ -68,9 +65,7 @@ def takes(spec: Spec) -> bool:
     return all(0 <= spec.strides[name][1] < _LARGEST_STEP for name in ("q", "k", "v", "out", *gates))
 
 
-def specialize(
-    spec: Spec, columns: int, aligned: bool, wide: bool = False
-) -> tuple[str, dict[str, _cuda_loader.Define]]:
+def specialize(spec: Spec, columns: int, aligned: bool, wide: bool = False) -> _cuda_loader.Specialization:
     """Stem and definitions of a call's kernel."""
     shared, state, _, gates = definitions(spec, aligned, wide)
     return "chunk_fused_sm90", shared | state | gates | {

@@ -152,7 +152,7 @@ def launcher(checked: Checked, form: Form) -> Callable[[tuple[Any, ...]], tuple[
     return launch
 
 
-def specializations(spec: Spec, gpu: _cuda_loader.Gpu) -> list[tuple[str, dict[str, _cuda_loader.Define]]]:
+def specializations(spec: Spec, gpu: _cuda_loader.Gpu) -> list[_cuda_loader.Specialization]:
     """List the kernels that aligned calls with this `Spec` use, in place where it allows that."""
     states = ("initial_state", "final_state")
     one_array = all(
@@ -162,7 +162,7 @@ def specializations(spec: Spec, gpu: _cuda_loader.Gpu) -> list[tuple[str, dict[s
     return [_specialize(spec, pick_tile(spec, gpu.multiprocessors), Variant(True, True, one_array))]
 
 
-def _specialize(spec: Spec, tile: Tile, variant: Variant) -> tuple[str, dict[str, _cuda_loader.Define]]:
+def _specialize(spec: Spec, tile: Tile, variant: Variant) -> _cuda_loader.Specialization:
     """Stem and definitions of a kernel."""
     chunk = _chunk(spec)
     row = spec.K if spec.layout == "vk" else spec.V

@@ -46,6 +46,6 @@ def run(call: Call) -> None:
     plan.kernel.launch(plan.grid, (_THREADS, 1, 1), _params, call.stream)
 
 
-def specializations(spec: Spec, gpu: _cuda_loader.Gpu) -> list[tuple[str, dict[str, _cuda_loader.Define]]]:
+def specializations(spec: Spec, gpu: _cuda_loader.Gpu) -> list[_cuda_loader.Specialization]:
     """The kernels that a call needs, for ahead-of-time compilation: always the same one."""
     return [("gate", {})]

@@ -35,6 +35,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 Define = int | str | bool
+Specialization = tuple[str, dict[str, Define]]  # of a source: its stem, and what is defined
 
 OPTIONS = ("-std=c++17",)
 OLDEST = 75

@@ -295,7 +295,7 @@ def _reset(ring: Ring, slots: Any, sources: Any) -> None:
     kernel.launch((-(-N // 128), 1, 1), (128, 1, 1), arguments, _stream(ring, slots))
 
 
-def specializations(spec: Spec, gpu: _cuda_loader.Gpu) -> list[tuple[str, dict[str, _cuda_loader.Define]]]:
+def specializations(spec: Spec, gpu: _cuda_loader.Gpu) -> list[_cuda_loader.Specialization]:
     """List the kernels of a pool with a ring that aligned steps (T = 1) or verifications use."""
     shape = _shape_of(spec, 16)
     slots = recurrent.index_bytes(spec, "initial_slots")
@@ -311,14 +311,14 @@ def specializations(spec: Spec, gpu: _cuda_loader.Gpu) -> list[tuple[str, dict[s
     return jobs
 
 
-def kernel_of(call: Call, gpu: _cuda_loader.Gpu) -> tuple[str, dict[str, _cuda_loader.Define]]:
+def kernel_of(call: Call, gpu: _cuda_loader.Gpu) -> _cuda_loader.Specialization:
     """The kernel that a call on a ring runs where its arrays are aligned."""
     shape = _shape_of(call.spec, call.ring.entries)
     stem, _, defines = _specialize(call.spec, shape, bool(call.draft), True, gpu)
     return stem, defines
 
 
-def fold_of(call: Call) -> tuple[str, dict[str, _cuda_loader.Define]]:
+def fold_of(call: Call) -> _cuda_loader.Specialization:
     """The kernel that folds what is pending before a call that goes on from the states."""
     return "ring_fold", _fold_kernel(call.folds, recurrent.index_bytes(call.spec, "initial_slots"), True)[2]
 

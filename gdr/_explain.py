@@ -10,8 +10,6 @@ from gdr import _backends, _cuda_loader
 from gdr._inputs import Call
 from gdr._spec import Spec
 
-Kernel = tuple[str, dict[str, _cuda_loader.Define]]
-
 
 def explain(function: Callable[..., Any], /, *args: Any, **kwargs: Any) -> str:
     """Say which kernels a call would run, and why; nothing is computed or changed.
@@ -57,7 +55,7 @@ def explain(function: Callable[..., Any], /, *args: Any, **kwargs: Any) -> str:
 def _lines(call: Call) -> list[str]:
     spec = call.spec
     backend = _backends.backend(spec)
-    kernels: list[Kernel] = []
+    kernels: list[_cuda_loader.Specialization] = []
     scratch = []
     if backend == "cuda":
         kernels = _kernels(call, _cuda_loader.describe_gpu(int(spec.device)))
@@ -76,7 +74,7 @@ def _lines(call: Call) -> list[str]:
     ]
 
 
-def _kernels(call: Call, gpu: _cuda_loader.Gpu) -> list[Kernel]:
+def _kernels(call: Call, gpu: _cuda_loader.Gpu) -> list[_cuda_loader.Specialization]:
     """The kernels of a call on a GPU, in order."""
     spec, rings = call.spec, _backends.ring_module(call.spec.device)
     if call.ring is not None:

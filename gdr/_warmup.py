@@ -19,7 +19,6 @@ from gdr._arrays import FLOATS
 from gdr._spec import DEVICE_FLOATS, LAYOUTS, MAX_HEAD_DIM, Spec
 
 LAUNCHERS = ("fused_recurrent", "chunk", "gate", "ring")
-Specialization = tuple[str, dict[str, Any]]
 
 
 def warmup(
@@ -129,7 +128,9 @@ def launchers() -> Iterator[tuple[str, ModuleType]]:
             yield op, importlib.import_module(name)
 
 
-def specializations(specs: list[Spec], gpu: _cuda_loader.Gpu) -> Iterator[tuple[tuple[Any, ...], Specialization]]:
+def specializations(
+    specs: list[Spec], gpu: _cuda_loader.Gpu
+) -> Iterator[tuple[tuple[Any, ...], _cuda_loader.Specialization]]:
     """Yield the kernels of calls on a GPU, each with what identifies it; the same one may come more than once."""
     modules = dict(launchers())
     for spec in specs:
