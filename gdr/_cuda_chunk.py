@@ -31,7 +31,7 @@ PARAMS = dict.fromkeys(_STEMS, _cuda_chunk_call.PARAMS) | {"chunk_fused_sm90": _
 # PieceOrder and PieceFlags of chunk_beside.cuh.
 _GROUPS, _MOST_BESIDE = 3, 32
 _ORDER, _FLAGS = _MOST_BESIDE * (3 * 8 + 4 * 4) + 8, 8
-# States that by chunks take as long as CHUNK_FROM tokens of one sequence take token by token, times two.
+# So many states take half as long by chunks as CHUNK_FROM tokens of one sequence take token by token, on an H100.
 _OTHERS = 80
 _HEAD_TILE = 2 * 10 * 512 + 3 * CHUNK * 4  # bytes of T, P and the decays of a chunk and value head
 
@@ -236,7 +236,8 @@ def pick_cut(spec: Spec, batch_invariant: bool, gpu: Gpu) -> Cut | None:
     if not tiles:
         return None
     if batch_invariant:
-        tiles = [tile for tile in tiles if tile.split == max(tile.split for tile in tiles)]
+        most = max(tile.split for tile in tiles)
+        tiles = [tile for tile in tiles if tile.split == most]
     states = spec.N * spec.HV
     # The fewest blocks that still use the device; if none do, the most.
     enough = [tile for tile in tiles if states * (spec.V // tile.columns) >= 0.75 * gpu.multiprocessors]
